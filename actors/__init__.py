@@ -1,0 +1,1 @@
+"""What runs inside one process: engine loop, scheduler, expert host, links, KV transfer. Plain classes."""

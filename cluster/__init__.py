@@ -1,0 +1,1 @@
+"""Decides and reconciles: spec, cluster state, controller, launch, front ends, command line, telemetry."""

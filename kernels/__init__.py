@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the torch reference of every kernel, which is also the CPU path."""

@@ -1,0 +1,1 @@
+"""Ways to run Braid on other systems: Kubernetes manifests, container file, Ray job entry."""

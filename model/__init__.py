@@ -1,0 +1,1 @@
+"""The network: configuration, weights, MLA, MoE, MTP, rope, latent KV cache, sampler, tokenizer."""

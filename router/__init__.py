@@ -1,0 +1,1 @@
+"""Pure decisions: gate, routing bias, expert map and epochs, replica choice, request placement."""
