@@ -1,0 +1,89 @@
+"""The words spoken over links: kinds, and msgpack bodies for everything but the rows of tensors.
+
+front -> attention:   SUBMIT, CANCEL               attention -> front:   TOKENS, LOAD
+prefill -> decode:    KV_OPEN, KV_LAYER, KV_DONE, KV_ABORT               decode -> prefill: KV_REFUSED
+attention -> expert:  DISPATCH                     expert -> attention:  ROWS, NOT_RESIDENT
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import msgpack
+
+
+class Kind(IntEnum):
+    SUBMIT = 1
+    CANCEL = 2
+    TOKENS = 3
+    LOAD = 4
+    KV_OPEN = 10
+    KV_LAYER = 11
+    KV_DONE = 12
+    KV_ABORT = 13
+    KV_REFUSED = 14
+    DISPATCH = 20
+    ROWS = 21
+    NOT_RESIDENT = 22
+
+
+def pack(body: Any) -> bytes:
+    return msgpack.packb(body)  # type: ignore[no-any-return]
+
+
+def unpack(meta: bytes) -> Any:
+    return msgpack.unpackb(meta, strict_map_key=False)
+
+
+ErrorCode = Literal["busy", "unavailable", "deadline", "internal", "invalid"]
+Finish = Literal["stop", "length", "error", "cancelled"]
+WireLogprob = list[Any]  # [logprob, [[token_id, logprob], ...]]
+
+
+@dataclass(slots=True)
+class Submit:
+    """A request as a front end hands it to a prefill worker. `deadline` is Unix time in seconds."""
+
+    id: str
+    prompt: list[int]
+    decode: str
+    params: dict[str, Any]
+    carrier: dict[str, str]
+    deadline: float
+    front: str
+
+    def pack(self) -> bytes:
+        return pack(asdict(self))
+
+    @classmethod
+    def unpack(cls, meta: bytes) -> Submit:
+        return cls(**unpack(meta))
+
+
+@dataclass(slots=True)
+class TokenItem:
+    """Output of one sequence in one step. `index` is the 0-based place of the first token among the generated ones."""
+
+    id: str
+    index: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[WireLogprob] | None = None
+    prompt_logprobs: list[WireLogprob | None] | None = None
+    finish: Finish | None = None
+    error: dict[str, str] | None = None
+    cached: int = 0
+    timing: dict[str, float] = field(default_factory=dict)
+
+    def wire(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+# layer u16, request number u32 (unique per link), first position u32, number of positions u32
+KV_LAYER = struct.Struct("<HIII")
+# dispatch id u64, map epoch u64, layer u16, phase u8 (0 decode, 1 prefill), dtype u8, rows u32, pairs u32
+DISPATCH = struct.Struct("<QQHBBII")
+# dispatch id u64, pairs u32, compute time in nanoseconds u64
+ROWS = struct.Struct("<QIQ")
