@@ -1,0 +1,102 @@
+"""What a front end is asked and what it answers: the words that HTTP, gRPC and the front end core share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..model.sampler import SamplingParams
+
+# invalid: the caller must change it | busy: later, elsewhere | unavailable: a worker died or none is there
+RefusalCode = Literal["invalid", "busy", "unavailable", "deadline", "not_found", "internal"]
+
+
+class RequestRefused(Exception):
+    """Ends a request with an answer. Raised before the first delta, or in the midst of the stream when a worker dies."""
+
+    def __init__(self, code: RefusalCode, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code: RefusalCode = code
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """`carrier` holds the caller's W3C trace headers; `request_id` is the caller's name for it, in traces only."""
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    stop: tuple[str, ...] = ()
+    carrier: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float | None = None  # None = the front end's own limit, which also caps it
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """`logprob` is None only for the first token of a prompt. `top` holds (token id, logprob), the likeliest first."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One piece of output. `text` may lag behind `token_ids`: half characters and possible stop strings are held back.
+
+    Only the last delta has a finish reason and the usage; `stop_reason` is the stop string or stop token id that ended
+    it, None for an end-of-sequence token. `prompt_logprobs` comes with the first delta.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEndSettings:
+    """What a front end is told once. `name` must be unique in the cluster: it prefixes every internal request id."""
+
+    name: str
+    secret: bytes
+    host_id: str
+    model_name: str
+    vocab_size: int
+    max_model_len: int
+    incarnation: int = 0
+    max_waiting: int = 256
+    request_timeout_s: float = 600.0
+    link_timeout_s: float = 5.0
+
+    def __repr__(self) -> str:  # the secret stays out of logs
+        return f"FrontEndSettings({self.name}#{self.incarnation}, model={self.model_name})"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What clients may know about the model. `notices` carries the use restrictions a checkpoint ships with."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    architecture: str = ""
+    created: int = 0
+    notices: tuple[str, ...] = ()
