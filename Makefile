@@ -1,0 +1,52 @@
+# Everything a working copy needs; all of it is installed into .venv, nothing else on the machine is touched.
+#   make demo    install, start a local cluster on the bundled model, stream two prompts, shut down
+#   make test    install, then lint, types and all tests
+#   make lint    ruff and mypy alone
+#   make proto   generate the gRPC stubs from cluster/braid.proto again
+#   make clean   remove .venv, build output and caches
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: demo test lint proto clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Without an NVIDIA GPU torch is pinned to the release the project is tested with: an open range lets pip take the newest
+# release with several GB of CUDA libraries. Where a CPU-only wheel of that release is at hand (PIP_FIND_LINKS,
+# or PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu) pip then prefers it.
+CONSTRAINTS := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 || echo --constraint constraints.txt)
+
+# Not started in this folder: with the root on Ray's path our kernels/ would hide the Hugging Face package of that name.
+demo: $(VENV)/.installed
+	cd $(VENV) && bin/braid demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .
+
+proto: $(VENV)/.installed-dev
+	$(BIN)/python -m grpc_tools.protoc --proto_path=cluster --python_out=cluster --grpc_python_out=cluster cluster/braid.proto
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The stamps make a second call cost nothing; a change of the dependencies installs again.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing braid into $(VENV) (a few minutes the first time)"
+	$(PIP) $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the tools for tests into $(VENV)"
+	$(PIP) $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+	  echo "Braid needs Python 3.11 or 3.12, and \"$(PYTHON)\" is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
