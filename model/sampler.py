@@ -1,0 +1,137 @@
+"""Picks the next token of every sequence from its logits: greedy, or Gumbel-max over the filtered distribution.
+
+A token depends on its own logits, parameters and position only; never on its neighbours in the batch (DESIGN law 5).
+Filters apply in vLLM's order: temperature, min_p, top_k, top_p. Ties rank the lower token id first, everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .noise import gumbel
+from .sampling_params import MAX_LOGPROBS, SamplingParams
+
+__all__ = ["MAX_LOGPROBS", "SampledToken", "SamplingParams", "prompt_logprobs", "sample"]
+
+Ids = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """`logprob` and `top` (most likely first) are of the raw distribution: no temperature, no filter."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    banned: Sequence[Sequence[int]] | None = None,
+) -> list[SampledToken]:
+    """logits: [R, vocab] fp32. `positions` are the absolute positions the new tokens will take in their sequences;
+    `banned[row]` lists tokens that must not be sampled (end tokens before min_tokens)."""
+    assert logits.shape[0] == len(params) == len(positions), (logits.shape, len(params), len(positions))
+    allowed = _without_banned(logits, banned)
+    best, token_ids = allowed.max(dim=-1)  # the first of equal maxima; NaN wins, so poisoned logits show here
+    _check_finite(best, positions)
+    chosen: list[int] = token_ids.tolist()
+    if all(p.temperature == 0 and p.logprobs is None for p in params):
+        return [SampledToken(token_id) for token_id in chosen]
+    for row, p in enumerate(params):
+        if p.temperature > 0:
+            chosen[row] = _sample_row(allowed[row], p, positions[row])
+    return [_with_logprobs(logits[row], chosen[row], p.logprobs) for row, p in enumerate(params)]
+
+
+def prompt_logprobs(logits: Tensor, targets: Tensor, top: int) -> list[SampledToken]:
+    """logits: [N, vocab] fp32 at N prompt positions; targets: [N] int64, the token that follows each one."""
+    assert logits.shape[0] == targets.shape[0], (logits.shape, targets.shape)
+    _check_finite(logits.amax(dim=-1), range(logits.shape[0]))
+    return [_with_logprobs(row, int(target), top) for row, target in zip(logits, targets.tolist(), strict=True)]
+
+
+def _without_banned(logits: Tensor, banned: Sequence[Sequence[int]] | None) -> Tensor:
+    if banned is None or not any(banned):
+        return logits
+    allowed = logits.clone()
+    for row, token_ids in enumerate(banned):
+        # an end token may be one that this vocabulary does not have
+        allowed[row, [token for token in token_ids if token < logits.shape[1]]] = -torch.inf
+    return allowed
+
+
+def _check_finite(best: Tensor, positions: Sequence[int]) -> None:
+    bad = [positions[row] for row in torch.isfinite(best).logical_not().nonzero().flatten().tolist()]
+    if bad:
+        raise FloatingPointError(
+            f"logits are NaN, infinite or all masked at positions {bad}: the step cannot be sampled"
+        )
+
+
+def _sample_row(logits: Tensor, params: SamplingParams, position: int) -> int:
+    """Gumbel-max in float64: argmax(score + noise) has the softmax distribution of the scores that are left."""
+    raw = logits.double().cpu().numpy()
+    with np.errstate(over="ignore"):  # under a tiny temperature all but the best go to -inf, the right limit
+        scores = (raw - raw.max()) / params.temperature
+    kept = _filter(scores, params)
+    noise = gumbel(params.seed, position, kept, len(scores))
+    return int(kept[np.argmax(scores[kept] + noise)])
+
+
+def _filter(scores: Scores, params: SamplingParams) -> Ids:
+    """The token ids, ascending, that min_p, top_k and top_p leave. scores: [vocab], largest 0."""
+    kept: Ids = np.flatnonzero(scores > -np.inf)
+    if params.min_p > 0:
+        kept = kept[scores[kept] >= np.log(params.min_p)]
+    if 0 < params.top_k < len(kept):
+        kept = np.sort(_largest(scores, kept, params.top_k))
+    if params.top_p < 1:
+        kept = np.sort(_nucleus(scores, kept, params.top_p))
+    return kept
+
+
+def _largest(scores: Scores, kept: Ids, count: int) -> Ids:
+    """The `count` best tokens, best first, without sorting the whole vocabulary."""
+    if count >= len(kept):
+        return kept[np.argsort(-scores[kept], kind="stable")]
+    threshold = np.partition(scores[kept], -count)[-count]
+    contenders = kept[scores[kept] >= threshold]
+    best: Ids = contenders[np.argsort(-scores[contenders], kind="stable")][:count]
+    return best
+
+
+def _nucleus(scores: Scores, kept: Ids, top_p: float) -> Ids:
+    """The smallest set of best tokens whose probability reaches top_p, best first; at least one."""
+    total = np.exp(scores[kept]).sum()
+    count = 256
+    while True:
+        best = _largest(scores, kept, count)
+        reached = np.cumsum(np.exp(scores[best])) >= top_p * total
+        if reached.any():
+            return best[: int(reached.argmax()) + 1]
+        if len(best) == len(kept):  # rounding kept the sum a hair below top_p
+            return best
+        count *= 8
+
+
+def _with_logprobs(logits: Tensor, token_id: int, num_top: int | None) -> SampledToken:
+    """logits: [vocab]. One row at a time, so that the bits do not depend on the batch."""
+    if num_top is None:
+        return SampledToken(token_id)
+    row = torch.log_softmax(logits.float(), dim=-1)
+    logprob = float(row[token_id])
+    if num_top == 0:
+        return SampledToken(token_id, logprob)
+    scores = row.double().cpu().numpy()
+    best = _largest(scores, np.arange(len(scores)), num_top)
+    return SampledToken(token_id, logprob, tuple((int(token), float(scores[token])) for token in best))
