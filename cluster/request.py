@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..model.sampler import SamplingParams
+from ..model.sampling_params import SamplingParams
 
 # invalid: the caller must change it | busy: later, elsewhere | unavailable: a worker died or none is there
 RefusalCode = Literal["invalid", "busy", "unavailable", "deadline", "not_found", "internal"]
