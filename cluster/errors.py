@@ -1,0 +1,40 @@
+"""What can go wrong in the control plane, one class per thing the caller does next.
+
+BraidError
+├── SpecError           the ClusterSpec or a flag is wrong: correct the value that the message names (also a ValueError)
+├── ClusterExists       a cluster of this name is up: take another name, or `braid down` it first
+├── ClusterNotFound     no cluster of this name was started here: see `braid status`
+├── StartFailed         the cluster could not start and everything was taken down again: read the reason
+├── PlacementFailed     Ray has no room for a pool: the message says what is asked for and what there is
+└── IllegalTransition   a defect in Braid: report it with the story in the message
+"""
+
+from __future__ import annotations
+
+
+class BraidError(Exception):
+    """Anything that ends a command with one clear line instead of a traceback."""
+
+
+class SpecError(BraidError, ValueError):
+    pass
+
+
+class ClusterExists(BraidError):
+    pass
+
+
+class ClusterNotFound(BraidError):
+    pass
+
+
+class StartFailed(BraidError):
+    pass
+
+
+class PlacementFailed(BraidError):
+    pass
+
+
+class IllegalTransition(BraidError):
+    pass
