@@ -1,0 +1,99 @@
+"""Torch definition of every kernel but attention; also the CPU path.
+
+Invariant: a row of the result has the same bits whatever the number and content of the other rows.
+Everything is out of place, so autograd may run through it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# fp32 GEMMs on CPU round in three classes of row counts: {1}, {2, 3}, {4 .. 512}. Stay in the last: rows are independent.
+MIN_ROWS = 4
+MAX_ROWS = 512
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: [M, K], weight: [N, K], bias: [N] -> [M, N] in x's dtype."""
+    assert x.dim() == 2, f"linear takes [M, K], not {tuple(x.shape)}"
+    num_rows = x.shape[0]
+    if MIN_ROWS <= num_rows <= MAX_ROWS:
+        return F.linear(x, weight, bias)
+    if num_rows == 0:
+        return x.new_zeros(0, weight.shape[0])
+    return torch.cat([_linear_tile(x[at : at + MAX_ROWS], weight, bias) for at in range(0, num_rows, MAX_ROWS)])
+
+
+def _linear_tile(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    missing = MIN_ROWS - x.shape[0]
+    if missing <= 0:
+        return F.linear(x, weight, bias)
+    return F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: x.shape[0]]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., H] -> same shape and dtype; computed in fp32."""
+    wide = x.float()
+    wide = wide * torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x). By torch.exp: torch's own silu rounds otherwise in the tail of its vector loop."""
+    return x / (1.0 + torch.exp(-x))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """gate_up: [M, 2I], gate columns first -> [M, I]; computed in fp32, rounded once."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def swiglu_mlp(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """x: [M, H], w13: [2I, H] (gate rows first), w2: [H, I] -> [M, H]."""
+    return linear(swiglu(linear(x, w13)), w2)
+
+
+def grouped_mlp(x: Tensor, row_of_pair: Tensor, expert_of_pair: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """One MLP row per (token row, expert) pair, in the order given.
+
+    x: [n, H], row_of_pair, expert_of_pair: int64 [P] (expert = index into w13),
+    w13: [E, 2I, H], w2: [E, H, I] -> [P, H].
+    """
+    if row_of_pair.numel() == 0:
+        return x.new_zeros(0, w2.shape[1])
+    order = torch.argsort(expert_of_pair, stable=True)
+    pairs_per_expert: list[int] = torch.bincount(expert_of_pair, minlength=w13.shape[0]).tolist()
+    sorted_rows = x[row_of_pair[order]]
+    outputs, start = [], 0
+    for expert, count in enumerate(pairs_per_expert):
+        if count:
+            outputs.append(swiglu_mlp(sorted_rows[start : start + count], w13[expert], w2[expert]))
+            start += count
+    return torch.cat(outputs)[torch.argsort(order)]
+
+
+def combine(shared: Tensor | None, rows: Tensor, topk_weights: Tensor) -> Tensor:
+    """shared: [M, H] or None, rows: [M, k, H], topk_weights: fp32 [M, k] -> [M, H] in rows' dtype.
+
+    fp32; shared expert first, then slots 0 .. k-1 in that order, whoever computed them (DESIGN law 5).
+    """
+    total = torch.zeros_like(rows[:, 0], dtype=torch.float32) if shared is None else shared.float()
+    for slot in range(rows.shape[1]):
+        total = total + rows[:, slot].float() * topk_weights[:, slot, None]
+    return total.to(rows.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+    """x: [..., d], cos, sin: broadcastable to x with equal halves -> [..., d] in x's dtype, computed in fp32.
+
+    `interleaved`: input pairs are (0, 1), (2, 3) .. as DeepSeek stores them, else (0, d/2), (1, d/2 + 1) ..; the output
+    always has the pairs' first members in its first half, which dot products of a query and a key cannot tell.
+    """
+    half = x.shape[-1] // 2
+    wide = x.float()
+    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
+    cos, sin = cos[..., :half], sin[..., :half]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
