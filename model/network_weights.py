@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .config import ModelConfig
 
-Read = Callable[[str], Tensor]
+# Gives the named tensors, one below the other: what reads from disk can then fill a joined tensor in place.
+Read = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class ExpertWeights:
 
 
 def build_attention_weights(config: ModelConfig, read: Read, has: Callable[[str], bool]) -> AttentionWeights:
-    """`read(name)` gives a tensor in the wanted dtype; MTP modules are built where the checkpoint has them."""
+    """`read(*names)` gives tensors in the wanted dtype; MTP modules are built where the checkpoint has them."""
     embed_tokens = read("model.embed_tokens.weight")
     lm_head = embed_tokens if config.tie_word_embeddings else read("lm_head.weight")
     first_mtp = config.num_hidden_layers
@@ -137,7 +138,7 @@ def build_layer(config: ModelConfig, layer: int, read: Read) -> LayerWeights:
 
 
 def build_mlp(prefix: str, read: Read) -> MlpWeights:
-    w13 = torch.cat((read(prefix + "gate_proj.weight"), read(prefix + "up_proj.weight")))
+    w13 = read(prefix + "gate_proj.weight", prefix + "up_proj.weight")
     return MlpWeights(w13=w13, w2=read(prefix + "down_proj.weight"))
 
 
@@ -172,8 +173,9 @@ def from_state_dict(
 ) -> tuple[AttentionWeights, dict[int, ExpertWeights]]:
     """A whole network in memory (tests, training); serving loads by role instead."""
 
-    def read(name: str) -> Tensor:
-        return state[name].to(torch.float32 if name.endswith("e_score_correction_bias") else dtype)
+    def read(*names: str) -> Tensor:
+        joined = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
+        return joined.to(torch.float32 if names[0].endswith("e_score_correction_bias") else dtype)
 
     attention = build_attention_weights(config, read, state.__contains__)
     layers = range(config.num_hidden_layers + len(attention.mtp))

@@ -1,0 +1,120 @@
+"""Loads from a checkpoint what one role needs, straight into the tensors that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .network_weights import AttentionWeights, ExpertWeights, build_attention_weights
+from .tensor_names import Role, expected_tensors
+
+Progress = Callable[[int, int], None]  # bytes of weights in place, bytes to load
+Part = tuple[str, Tensor]  # a tensor's name and the slice of a stack that it fills
+
+
+def load_attention(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    has_mtp: bool = False,
+) -> AttentionWeights:
+    """Everything but the routed experts; MTP modules, less their experts, where asked for and present."""
+    roles: tuple[Role, ...] = ("attention", "mtp") if has_mtp else ("attention",)
+    checkpoint.check(roles)
+    wanted = _attention_names(checkpoint, config, roles)
+    meter = _Meter(sum(_num_elements(checkpoint, name) for name in wanted), dtype, progress)
+
+    def read(*names: str) -> Tensor:
+        specs = [checkpoint.spec(name) for name in names]
+        # The one tensor that stays fp32: it decides which expert wins, by differences smaller than a bfloat16 step.
+        wide = names[0].endswith("e_score_correction_bias")
+        shape = (sum(spec.shape[0] for spec in specs), *specs[0].row_shape)
+        out = torch.empty(shape, dtype=torch.float32 if wide else dtype)
+        start = 0
+        for spec in specs:
+            part = checkpoint.read_into(spec.name, out[start : start + spec.shape[0]])
+            start += spec.shape[0]
+            meter.add(part.numel())
+        return out
+
+    return build_attention_weights(config, read, lambda name: name in wanted)
+
+
+def load_experts(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    layers: Collection[int],
+    expert_ids: Collection[int],
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> dict[int, ExpertWeights]:
+    """These experts of these layers; dense layers are passed over. Reads in the files' order, not the names'."""
+    _check_expert_ids(config, expert_ids)
+    has_mtp = any(layer >= config.num_hidden_layers for layer in layers)
+    roles: tuple[Role, ...] = ("experts", "mtp") if has_mtp else ("experts",)
+    checkpoint.check(roles)
+    ids = tuple(expert_ids)
+    stacks = {layer: _empty_stack(config, ids, dtype) for layer in sorted(layers) if config.is_moe_layer(layer)}
+    parts = [part for layer, stack in stacks.items() for part in _parts(config, layer, stack)]
+    parts.sort(key=lambda part: (checkpoint.spec(part[0]).path, checkpoint.spec(part[0]).begin))
+    meter = _Meter(sum(out.numel() for _, out in parts), dtype, progress)
+    for name, out in parts:
+        meter.add(checkpoint.read_into(name, out).numel())
+    return stacks
+
+
+class _Meter:
+    def __init__(self, num_elements: int, dtype: torch.dtype, progress: Progress | None) -> None:
+        self._itemsize = dtype.itemsize
+        self._total = num_elements * dtype.itemsize
+        self._done = 0
+        self._progress = progress
+        self.add(0)
+
+    def add(self, num_elements: int) -> None:
+        self._done += num_elements * self._itemsize
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _num_elements(checkpoint: Checkpoint, name: str) -> int:
+    return torch.Size(checkpoint.spec(name).shape).numel()
+
+
+def _attention_names(checkpoint: Checkpoint, config: ModelConfig, roles: tuple[Role, ...]) -> frozenset[str]:
+    # Only the copies may be absent one by one; `check` has seen to the rest.
+    return frozenset(
+        name for name in expected_tensors(config, roles) if ".mlp.experts." not in name and checkpoint.has(name)
+    )
+
+
+def _check_expert_ids(config: ModelConfig, expert_ids: Collection[int]) -> None:
+    num_experts = config.n_routed_experts or 0
+    wrong = [expert for expert in expert_ids if not 0 <= expert < num_experts]
+    if wrong or len(set(expert_ids)) != len(expert_ids):
+        raise ValueError(f"expert ids {list(expert_ids)} must be different and lie in 0..{num_experts - 1}")
+
+
+def _empty_stack(config: ModelConfig, expert_ids: tuple[int, ...], dtype: torch.dtype) -> ExpertWeights:
+    count, hidden, intermediate = len(expert_ids), config.hidden_size, config.moe_intermediate_size
+    return ExpertWeights(
+        w13=torch.empty(count, 2 * intermediate, hidden, dtype=dtype),
+        w2=torch.empty(count, hidden, intermediate, dtype=dtype),
+        expert_ids=expert_ids,
+    )
+
+
+def _parts(config: ModelConfig, layer: int, stack: ExpertWeights) -> list[Part]:
+    parts: list[Part] = []
+    intermediate = config.moe_intermediate_size
+    for row, expert in enumerate(stack.expert_ids):
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+        parts.append((prefix + "gate_proj.weight", stack.w13[row, :intermediate]))
+        parts.append((prefix + "up_proj.weight", stack.w13[row, intermediate:]))
+        parts.append((prefix + "down_proj.weight", stack.w2[row]))
+    return parts
