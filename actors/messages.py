@@ -1,7 +1,7 @@
 """The words spoken over links: kinds, and msgpack bodies for everything but the rows of tensors.
 
 front -> attention:   SUBMIT, CANCEL               attention -> front:   TOKENS, LOAD
-prefill -> decode:    KV_OPEN, KV_LAYER, KV_DONE, KV_ABORT               decode -> prefill: KV_REFUSED
+prefill -> decode:    KV_OPEN, KV_LAYER, KV_DONE, KV_ABORT               decode -> prefill: KV_ACCEPTED, KV_REFUSED
 attention -> expert:  DISPATCH                     expert -> attention:  ROWS, NOT_RESIDENT
 """
 
@@ -25,6 +25,7 @@ class Kind(IntEnum):
     KV_DONE = 12
     KV_ABORT = 13
     KV_REFUSED = 14
+    KV_ACCEPTED = 15
     DISPATCH = 20
     ROWS = 21
     NOT_RESIDENT = 22

@@ -79,4 +79,4 @@ def build_map(
         tuple(index for index, owner in enumerate(owners) if expert in set(held[owner.worker]))
         for expert in range(num_experts)
     )
-    return ExpertMap(epoch, num_experts, tuple(owners), {layer: holders for layer in layers})
+    return ExpertMap(epoch, num_experts, tuple(owners), dict.fromkeys(layers, holders))

@@ -1,8 +1,9 @@
 """The replica bias: decides which physical replica serves an expert; never changes an output (DESIGN law 6).
 
-`b[worker] += speed * sign(mean_load - load[worker])` after every step. The choice per (layer, expert) is the replica
-with the largest `b[worker] + u(layer, expert, worker)`, where u is a fixed hash in [0, 1): so the share of experts that a
-worker serves moves smoothly with its bias instead of flipping all at once, and a step needs one table, not a decision per token.
+`b[worker] += speed * sign(mean_load - load[worker])` after every update. The choice per (layer, expert) is the replica
+with the largest `b[worker] + u(layer, expert, worker)`, where u is a fixed draw from [0, 1): so the share of experts that
+a worker serves moves smoothly with its bias instead of flipping all at once, and a step needs one table, not a decision
+per token.
 """
 
 from __future__ import annotations
@@ -53,6 +54,5 @@ class ReplicaBias:
 
 
 def _jitter(num_layers: int, num_experts: int, num_owners: int) -> npt.NDArray[np.float64]:
-    """A fixed hash of (layer row, expert, owner) in [0, 1): Weyl sequences of three irrational steps."""
-    layer, expert, owner = np.ogrid[:num_layers, :num_experts, :num_owners]
-    return (layer * 0.7548776662466927 + expert * 0.5698402909980532 + owner * 0.6180339887498949) % 1.0
+    """Fixed numbers in [0, 1), independent for every (layer row, expert, owner); every process draws the same."""
+    return np.random.default_rng(0).random((num_layers, num_experts, num_owners))

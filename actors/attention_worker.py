@@ -1,0 +1,228 @@
+"""An attention worker: holds the KV cache and everything of the network but the routed experts.
+
+Roles: `prefill` computes prompts and hands them over, `decode` goes on from there, `both` does both.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from ..model.checkpoint import Checkpoint
+from ..model.config import ModelConfig
+from ..model.deepseek import DeepSeekModel
+from ..model.experts import LocalExperts
+from ..model.kv_cache import BLOCK_SIZE, BlockAllocator, LatentCache, blocks_for
+from ..model.self_test import self_test
+from ..model.weights import load_attention, load_experts
+from .dispatch import RemoteExperts
+from .endpoint import Endpoint
+from .engine import Engine
+from .loading import Loading, memory_checked, resolve_dtype
+from .messages import Kind, pack
+from .scheduler import Scheduler
+from .settings import WorkerSettings
+from .tracing import setup_tracer
+from .view import ClusterView, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+KV_SHARE = 0.2  # of the memory that is free after loading, when the spec names no kv_tokens
+MAX_WAITING = 1024
+MAX_FAILED_STEPS = 3
+LOAD_INTERVAL_S = 1.0
+
+
+class ColocatedExperts(LocalExperts):
+    """Experts in the same process: the same bits, no hops, nothing that can be lost."""
+
+    phase = 0
+
+    def take_failed(self) -> dict[int, str]:
+        return {}
+
+    def end_step(self) -> None:
+        pass
+
+
+class AttentionWorker:
+    """Plain class; `prepare` loads and serves, the other methods answer the controller from other threads."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.loading = Loading()
+        self.endpoint: Endpoint | None = None
+        self._view: ClusterView | None = None
+
+    def prepare(self) -> WorkerInfo:
+        """Loads what the role needs, proves the kernels on this machine, then serves.
+
+        Raises CheckpointError, ValueError (memory, settings) and SelfTestError.
+        """
+        torch.set_num_threads(self.settings.num_threads)
+        self.config = config = ModelConfig.from_path(self.settings.model_path)
+        dtype = resolve_dtype(self.settings.dtype, config)
+        with torch.inference_mode():
+            self._load(config, dtype)
+            self.loading.phase = "self-test"
+            self_test(config, dtype)
+        self.endpoint = Endpoint(self.settings)
+        self.tracer = setup_tracer(f"braid-{self.settings.role}", f"{self.settings.cluster}/{self.settings.name}")
+        self.experts: RemoteExperts | ColocatedExperts
+        if self._local is not None:
+            self.experts = ColocatedExperts(self._local)
+        else:
+            self.experts = RemoteExperts(self.endpoint, config.n_routed_experts or 0)
+        num_blocks = self._num_blocks(config, dtype)
+        cache = LatentCache(config, num_blocks, dtype)
+        scheduler = Scheduler(
+            BlockAllocator(num_blocks), self.settings.max_sequences, self.settings.max_batch_tokens, MAX_WAITING
+        )
+        self.engine = Engine(
+            self.settings.name,
+            config,
+            DeepSeekModel(config, self._weights, cache, self.experts),
+            cache,
+            scheduler,
+            self.experts,
+            self.endpoint.link_to,
+            self.tracer,
+            self.load,
+        )
+        self.endpoint.start(self._serve)
+        self.loading.phase = "ready"
+        return self.endpoint.info
+
+    def progress(self) -> dict[str, Any]:
+        return self.loading.report()
+
+    def apply(self, view: ClusterView) -> None:
+        """Dials what the role talks to, then lets the engine swap to the view between two steps."""
+        assert self.endpoint is not None, "apply before prepare"
+        if self._view is not None and view.epoch <= self._view.epoch:
+            return
+        targets = view.of_role("expert") if view.expert_map else []
+        if self.settings.role != "decode":
+            decoders = view.of_role("decode", "both")
+            targets += [worker for worker in decoders if worker.name > self.settings.name or worker.role == "decode"]
+        self.endpoint.apply(view, targets)
+        self._view = view
+        self.endpoint.reactor.wake()
+
+    def status(self) -> dict[str, Any]:
+        base = {"name": self.settings.name, "role": self.settings.role, "pid": os.getpid()}
+        if self.endpoint is None:
+            return base
+        return base | self.load() | {"links": self.endpoint.describe_links()}
+
+    def stop(self) -> None:
+        if self.endpoint:
+            self.endpoint.stop()
+            self.tracer.close()
+
+    def load(self) -> dict[str, Any]:
+        """What front ends place requests by, and what /metrics shows."""
+        scheduler = self.engine.scheduler
+        return {
+            "worker": self.settings.name,
+            "role": self.settings.role,
+            "free_blocks": scheduler.allocator.num_free,
+            "total_blocks": scheduler.allocator.num_total,
+            "block_size": BLOCK_SIZE,
+            "running": len(scheduler.decoding),
+            "sequences": len(scheduler.all()),
+            "waiting": len(scheduler.waiting),
+            "waiting_tokens": scheduler.num_waiting_tokens,
+            "counters": dict(self.engine.counters) | self._hop_counters(),
+        }
+
+    def _hop_counters(self) -> dict[str, float]:
+        if not isinstance(self.experts, RemoteExperts):
+            return {}
+        counters = self.experts.counters
+        balance = _balance(self.experts.loads)
+        return {
+            "epoch": self.experts.epoch,
+            "hops": counters.hops,
+            "dispatch_rows": counters.rows,
+            "dispatch_bytes": counters.bytes_out,
+            "combine_bytes": counters.bytes_in,
+            "dispatch_resent": counters.resent,
+            "expert_wait_s": round(counters.wait_s, 6),
+            "expert_compute_s": round(counters.compute_s, 6),
+            **balance,
+        }
+
+    def _load(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        every = tuple(range(config.n_routed_experts or 0))
+        memory_checked(config, dtype, "attention", every if self.settings.colocated else ())
+        with Checkpoint(self.settings.model_path) as checkpoint:
+            checkpoint.check(config)
+            self._weights = load_attention(checkpoint, config, dtype, self.loading.progress)
+            self._local = None
+            if self.settings.colocated or not every:
+                layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+                self._local = load_experts(checkpoint, config, layers, every, dtype, self.loading.progress)
+
+    def _num_blocks(self, config: ModelConfig, dtype: torch.dtype) -> int:
+        longest = min(self.settings.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+        wanted = self.settings.kv_tokens
+        if wanted is None:
+            token_bytes = config.latent_dim * config.num_hidden_layers * dtype.itemsize
+            room = int(psutil.virtual_memory().available * KV_SHARE) // token_bytes
+            wanted = min(room, self.settings.max_sequences * longest)
+        if wanted < BLOCK_SIZE:
+            raise ValueError(f"{wanted} tokens of KV cache are less than one block of {BLOCK_SIZE}: raise kv_tokens")
+        return blocks_for(wanted)
+
+    def _serve(self) -> None:
+        assert self.endpoint is not None
+        endpoint, engine = self.endpoint, self.engine
+        failed_steps, load_due, busy = 0, 0.0, False
+        with torch.inference_mode():
+            while not endpoint.stopping:
+                for event in endpoint.inbox(0.0 if busy else LOAD_INTERVAL_S):
+                    engine.handle(event)
+                self._swap_view()
+                try:
+                    busy = engine.step()
+                    failed_steps = 0
+                except Exception as error:  # one bad step must not end the worker; three in a row do
+                    log.exception("a step of %s failed", self.settings.name)
+                    engine.fail_all("internal", f"a step of {self.settings.name} failed: {error}")
+                    failed_steps += 1
+                    if failed_steps == MAX_FAILED_STEPS:
+                        raise
+                if time.monotonic() >= load_due:
+                    self._broadcast_load()
+                    load_due = time.monotonic() + LOAD_INTERVAL_S
+            engine.fail_all("unavailable", f"{self.settings.name} is stopping")
+
+    def _swap_view(self) -> None:
+        view = self._view
+        if view is None or view.expert_map is None or not isinstance(self.experts, RemoteExperts):
+            return
+        if view.expert_map.epoch != self.experts.epoch:
+            assert self.endpoint is not None
+            names = [owner.worker for owner in view.expert_map.owners]
+            links = {name: link for name in names if (link := self.endpoint.link_to(name)) is not None}
+            self.experts.set_map(view.expert_map, links)
+
+    def _broadcast_load(self) -> None:
+        assert self.endpoint is not None
+        self.endpoint.broadcast("front", Kind.LOAD, pack({"load": self.load()}))
+
+
+def _balance(loads: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float]:
+    """Balancedness = mean load / max load, MaxVio = max load / mean load - 1; means over the MoE layers."""
+    seen = loads[loads.sum(1) > 0]
+    if not len(seen):
+        return {}
+    ratio = seen.max(1) / seen.mean(1)
+    return {"expert_balancedness": float((1 / ratio).mean()), "expert_max_vio": float((ratio - 1).mean())}

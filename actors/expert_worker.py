@@ -1,0 +1,142 @@
+"""An expert worker: a stateless process that answers whatever rows have arrived, from any attention worker.
+
+No barrier and no lock-step (DESIGN law 2): what waits for a layer is computed as one batch, decode before prefill.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..model.checkpoint import Checkpoint
+from ..model.config import ModelConfig
+from ..model.weights import load_experts
+from .endpoint import Endpoint
+from .expert_host import ExpertHost, NotResident, Slice
+from .links import Link, LinkClosed, LinkFull
+from .loading import Loading, memory_checked, resolve_dtype
+from .messages import DISPATCH, ROWS, Kind
+from .reactor import Event, Received
+from .settings import WorkerSettings
+from .view import ClusterView, WorkerInfo
+from .wire import DTYPES, bytes_of, rows_from
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One dispatch waiting to be computed."""
+
+    link: Link
+    number: int
+    layer: int
+    phase: int
+    part: Slice
+
+
+class ExpertWorker:
+    """Plain class; `prepare` loads and serves, the other methods answer the controller from other threads."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.loading = Loading()
+        self.endpoint: Endpoint | None = None
+        self.counts: Counter[str] = Counter()
+
+    def prepare(self) -> WorkerInfo:
+        """Loads only this worker's routed experts, then serves. Raises CheckpointError, ValueError (memory, links)."""
+        torch.set_num_threads(self.settings.num_threads)
+        config = ModelConfig.from_path(self.settings.model_path)
+        assert config.n_routed_experts, f"{self.settings.model_path} has no routed experts: no expert worker is needed"
+        experts = self.settings.expert_ids or tuple(range(config.n_routed_experts))
+        dtype = resolve_dtype(self.settings.dtype, config)
+        memory_checked(config, dtype, "expert", experts)
+        with Checkpoint(self.settings.model_path) as checkpoint, torch.inference_mode():
+            checkpoint.check(config)
+            layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+            weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress)
+        self.host = ExpertHost(weights, config.n_routed_experts)
+        self.hidden = config.hidden_size
+        self.endpoint = Endpoint(self.settings)
+        self.endpoint.start(self._serve)
+        self.loading.phase = "ready"
+        return self.endpoint.info
+
+    def progress(self) -> dict[str, Any]:
+        return self.loading.report()
+
+    def apply(self, view: ClusterView) -> None:
+        """Expert workers dial nobody; they drop the links of lives that left the cluster."""
+        assert self.endpoint is not None, "apply before prepare"
+        self.endpoint.apply(view, [])
+
+    def status(self) -> dict[str, Any]:
+        links = self.endpoint.describe_links() if self.endpoint else []
+        return {"name": self.settings.name, "role": "expert", "pid": os.getpid(), "links": links, **self.counts}
+
+    def stop(self) -> None:
+        if self.endpoint:
+            self.endpoint.stop()
+
+    def _serve(self) -> None:
+        assert self.endpoint is not None
+        endpoint = self.endpoint
+        with torch.inference_mode():
+            while not endpoint.stopping:
+                jobs = _jobs(endpoint.poll(1.0), self.hidden)
+                while jobs:
+                    # decode before prefill (DESIGN section 5), then the layer that has waited longest
+                    head = min(jobs, key=lambda job: job.phase)
+                    batch = [job for job in jobs if job.layer == head.layer and job.phase == head.phase]
+                    jobs = [job for job in jobs if job.layer != head.layer or job.phase != head.phase]
+                    self._compute(head.layer, batch)
+                    jobs += _jobs(endpoint.poll(0.0), self.hidden)
+
+    def _compute(self, layer: int, jobs: list[Job]) -> None:
+        started = time.perf_counter_ns()
+        ready = []
+        for job in jobs:
+            try:
+                ready.append((job, self.host.local_experts(layer, job.part)))
+            except NotResident as error:
+                log.warning("%s asked for what is not here: %s", job.link.peer.name, error)
+                self._reply(job, Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0))
+        if not ready:
+            return
+        answers = self.host.run(layer, [(job.part, local) for job, local in ready])
+        elapsed = time.perf_counter_ns() - started
+        for (job, local), rows in zip(ready, answers, strict=True):
+            self._reply(job, Kind.ROWS, ROWS.pack(job.number, len(local), elapsed), bytes_of(rows))
+            self.counts["tokens"] += len(job.part.x)
+            self.counts["rows"] += len(local)
+        self.counts["hops"] += len(ready)
+        self.counts["batches"] += 1
+
+    def _reply(self, job: Job, kind: Kind, meta: bytes, *payload: memoryview) -> None:
+        try:
+            job.link.send(kind, meta, *payload)
+        except (LinkClosed, LinkFull) as error:  # the asker is gone or does not read: its own deadline handles it
+            log.warning("reply to %s dropped: %s", job.link.peer.name, error)
+
+
+def _jobs(events: list[Event], hidden: int) -> list[Job]:
+    jobs = []
+    for event in events:
+        if not isinstance(event, Received) or event.message.kind != Kind.DISPATCH:
+            continue
+        number, _, layer, phase, code, num_rows, num_pairs = DISPATCH.unpack(event.message.meta)
+        payload = event.message.payload
+        pairs = np.frombuffer(payload[: 8 * num_pairs], dtype=np.int32).reshape(2, num_pairs).astype(np.int64)
+        x = rows_from(payload[8 * num_pairs :], DTYPES[code], hidden)
+        assert len(x) == num_rows, f"{event.link.peer.name} announced {num_rows} rows and sent {len(x)}"
+        part = Slice(x, torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1]))
+        jobs.append(Job(event.link, number, layer, phase, part))
+    return jobs

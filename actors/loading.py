@@ -1,0 +1,47 @@
+"""What both kinds of worker do around loading weights: progress, element type, memory check."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from ..model.config import ModelConfig
+from ..model.inventory import bytes_for_role, check_memory
+from .settings import Dtype
+
+
+class Loading:
+    """Written by the loading thread, read by whoever asks `progress`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._done = 0
+        self._total = 0
+        self.phase = "starting"
+
+    def progress(self, done: int, total: int) -> None:
+        with self._lock:
+            self._done, self._total, self.phase = done, total, "loading"
+
+    def report(self) -> dict[str, Any]:
+        with self._lock:
+            return {"phase": self.phase, "done_bytes": self._done, "total_bytes": self._total}
+
+
+def resolve_dtype(dtype: Dtype, config: ModelConfig) -> torch.dtype:
+    """`auto` keeps a checkpoint's own precision; FP8 and FP16 become bfloat16, the family's compute type."""
+    if dtype == "auto":
+        return torch.float32 if config.torch_dtype == "float32" and not config.quantization else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def memory_checked(
+    config: ModelConfig, dtype: torch.dtype, role: Literal["attention", "expert"], experts: Sequence[int]
+) -> None:
+    """Raises ValueError with the figures when the weights cannot fit: before loading, not after ten minutes."""
+    needed = bytes_for_role(config, dtype, role, experts)
+    check_memory(needed, psutil.virtual_memory().available)

@@ -1,0 +1,78 @@
+"""One request inside an attention worker: its tokens, its blocks and where it stands."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..model.sampler import SampledToken
+from ..model.sampling_params import SamplingParams
+from .messages import Submit, WireLogprob
+
+# waiting: in the prefill queue | prefill: owns blocks, prompt partly computed | handover: prompt done, first token
+# held back until the decode worker has accepted | receiving: blocks reserved, latent rows arriving | decode: running
+State = Literal["waiting", "prefill", "handover", "receiving", "decode", "finished"]
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """`tokens` = prompt + generated; positions below `num_computed` have their latent rows in the cache."""
+
+    id: str
+    front: str
+    target: str
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    carrier: dict[str, str]
+    deadline: float
+    state: State = "waiting"
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    accepted: bool = False
+    number: int = 0
+    source: str = ""
+    rows_received: int = 0
+    prompt_logprobs: list[WireLogprob | None] = field(default_factory=list)
+    first_token: SampledToken | None = None
+    arrived_ns: int = field(default_factory=time.time_ns)
+    started_ns: int = 0
+    kv_started_ns: int = 0
+    kv_bytes: int = 0
+
+    @classmethod
+    def from_submit(cls, submit: Submit) -> Sequence:
+        return cls(
+            submit.id,
+            submit.front,
+            submit.decode,
+            list(submit.prompt),
+            len(submit.prompt),
+            SamplingParams.from_wire(submit.params),
+            submit.carrier,
+            submit.deadline,
+        )
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def max_length(self) -> int:
+        """Positions that may ever be written: the last generated token never enters the cache."""
+        return self.num_prompt + max(self.params.max_tokens - 1, 0)
+
+    def stop_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens that end this sequence."""
+        return self.params.stop_token_ids if self.params.ignore_eos else (*eos_token_ids, *self.params.stop_token_ids)
+
+    def banned(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens that must not come next: the ending ones until `min_tokens` are there."""
+        return self.stop_ids(eos_token_ids) if self.num_generated < self.params.min_tokens else ()
+
+    def finish_reason(self, eos_token_ids: tuple[int, ...]) -> Literal["stop", "length"] | None:
+        """Whether the newest token ends the sequence."""
+        if self.num_generated and self.tokens[-1] in self.stop_ids(eos_token_ids):
+            return "stop"
+        return "length" if self.num_generated >= self.params.max_tokens else None
