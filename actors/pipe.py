@@ -1,0 +1,42 @@
+"""What a link needs from the bytes underneath it: a non-blocking stream that an epoll can watch."""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+Transport = Literal["shm", "unix", "tcp"]
+Piece = bytes | memoryview
+
+
+class PeerGone(Exception):
+    """The other end is gone or broke the protocol, and everything it sent before has been read."""
+
+
+class Pipe(Protocol):
+    @property
+    def transport(self) -> Transport: ...
+
+    def interest(self, wants_room: bool) -> list[tuple[int, int]]:
+        """The (fd, epoll mask) pairs to watch; with `wants_room` also the one that tells of room to write."""
+        ...
+
+    def ready(self, fd: int, mask: int) -> None:
+        """Takes note of what epoll said about one of the fds."""
+        ...
+
+    def write(self, pieces: Sequence[Piece]) -> int:
+        """Takes as many bytes as fit now, in order, without blocking. Raises PeerGone."""
+        ...
+
+    def read_into(self, target: memoryview) -> int:
+        """Copies what is there; 0 means nothing now. Raises PeerGone after the last byte."""
+        ...
+
+    def socket_fd(self) -> int:
+        """The socket whose end of file means death."""
+        ...
+
+    def hang_up(self) -> None:
+        """Lets both sides' epolls see the end at once; frees nothing. May be called twice."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,121 @@
+"""One epoll over all links of an engine thread: messages in, queued bytes out, every opening and closing told once."""
+
+import os
+import select
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+
+from .death_watch import DeathWatch
+from .links import Link, Message
+from .pipe import PeerGone
+
+MAX_MESSAGES_A_TURN = 256  # of one link in one poll, so that a talkative peer cannot starve the others
+MAX_READY = 64
+
+
+@dataclass(slots=True)
+class Opened:
+    link: Link
+
+
+@dataclass(slots=True)
+class Received:
+    link: Link
+    message: Message
+
+
+@dataclass(slots=True)
+class Closed:
+    link: Link
+    reason: str
+
+
+Event = Opened | Received | Closed
+
+
+class Reactor:
+    """Owned by the thread that polls; `add` and `wake` may be called by any."""
+
+    def __init__(self, death_watch: DeathWatch | None = None) -> None:
+        self._death_watch = death_watch
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._joining: deque[Link] = deque()
+        self._fds: dict[Link, list[int]] = {}
+        self._links: dict[int, Link] = {}
+        self._unfinished: set[Link] = set()  # links whose turn ended before their bytes did
+
+    def add(self, link: Link) -> None:
+        """The next poll tells Opened, then what the link receives."""
+        link.attach()
+        self._joining.append(link)
+        self.wake()
+        if self._death_watch is not None:
+            self._death_watch.watch(link)
+
+    def wake(self) -> None:
+        """Makes the poll under way, or the next one, return at once."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def poll(self, timeout_s: float | None) -> list[Event]:
+        """What happened, waiting for it up to `timeout_s` (None: as long as it takes). May return nothing early."""
+        events: list[Event] = []
+        unfinished, self._unfinished = self._unfinished, set()
+        wait_s = 0 if unfinished else timeout_s
+        for fd, mask in self._epoll.poll(-1 if wait_s is None else wait_s, MAX_READY):
+            if fd == self._wake_fd:
+                os.eventfd_read(fd)
+            elif fd in self._links:  # else it closed earlier in this turn
+                link = self._links[fd]
+                link.ready(fd, mask)
+                self._take_turn(link, events)
+        for link in unfinished - self._unfinished:
+            if link in self._fds:
+                self._take_turn(link, events)
+        while self._joining:
+            self._admit(self._joining.popleft(), events)
+        return events
+
+    def links(self) -> list[Link]:
+        return list(self._fds)
+
+    def close(self) -> None:
+        """Closes every link and frees every fd; no events follow."""
+        for link in [*self._fds, *self._joining]:
+            link.close("the reactor closed")
+            link.release()
+        self._fds.clear()
+        self._links.clear()
+        self._joining.clear()
+        self._epoll.close()
+        os.close(self._wake_fd)
+
+    def _admit(self, link: Link, events: list[Event]) -> None:
+        events.append(Opened(link))
+        self._fds[link] = link.register(self._epoll)
+        for fd in self._fds[link]:
+            self._links[fd] = link
+        if not self._fds[link]:
+            self._retire(link, events)
+
+    def _take_turn(self, link: Link, events: list[Event]) -> None:
+        try:
+            for _ in range(MAX_MESSAGES_A_TURN):
+                message = link.receive()
+                if message is None:
+                    return
+                events.append(Received(link, message))
+        except PeerGone:
+            self._retire(link, events)
+            return
+        self._unfinished.add(link)
+
+    def _retire(self, link: Link, events: list[Event]) -> None:
+        for fd in self._fds.pop(link):
+            del self._links[fd]
+            with suppress(OSError):
+                self._epoll.unregister(fd)
+        link.release()
+        events.append(Closed(link, link.closed or "closed"))

@@ -1,0 +1,150 @@
+"""A pipe over two rings of shared memory, one each way, beside the Unix socket that tells of death.
+
+The eventfd counters are the cursors: a producer copies n bytes in and adds n to the data eventfd; the consumer learns
+of them only by reading that eventfd, and gives room back through the other one. So no word of the shared memory is
+read by both sides at once, the kernel orders the copies on every processor, and nobody spins. A memfd has no name:
+whatever dies, nothing is left on disk or in /dev/shm.
+"""
+
+import fcntl
+import mmap
+import os
+import select
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Literal
+
+from .pipe import PeerGone, Piece
+
+DEFAULT_RING_BYTES = 8 << 20
+MIN_RING_BYTES, MAX_RING_BYTES = 4096, 1 << 30
+ANNOUNCE_BYTES = 256 << 10  # a large message is told of in pieces, so that both sides copy at the same time
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # nobody can shrink it under our mapping
+
+
+class Ring:
+    """One direction: the memory and its two eventfds, whose counters are bytes written and bytes given back."""
+
+    def __init__(self, memory_fd: int, data_fd: int, room_fd: int) -> None:
+        self.memory_fd, self.data_fd, self.room_fd = memory_fd, data_fd, room_fd
+        self.num_bytes = os.fstat(memory_fd).st_size
+        if not MIN_RING_BYTES <= self.num_bytes <= MAX_RING_BYTES:
+            raise ValueError(f"a ring of {self.num_bytes} bytes: must be {MIN_RING_BYTES} to {MAX_RING_BYTES}")
+        if fcntl.fcntl(memory_fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
+            raise ValueError("the memory of a ring must be sealed against shrinking")
+        self._map = mmap.mmap(memory_fd, self.num_bytes)
+        self.view = memoryview(self._map)
+
+    @classmethod
+    def create(cls, num_bytes: int) -> "Ring":
+        memory_fd = os.memfd_create("braid-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(memory_fd, num_bytes)
+        fcntl.fcntl(memory_fd, fcntl.F_ADD_SEALS, SEALS)
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        return cls(memory_fd, os.eventfd(0, flags), os.eventfd(0, flags))
+
+    def fds(self) -> list[int]:
+        return [self.memory_fd, self.data_fd, self.room_fd]
+
+    def close(self) -> None:
+        self.view.release()
+        self._map.close()
+        for fd in self.fds():
+            os.close(fd)
+
+
+class ShmPipe:
+    transport: Literal["shm"] = "shm"
+
+    def __init__(self, sock: socket.socket, outgoing: Ring, incoming: Ring) -> None:
+        self._socket = sock
+        self._out, self._in = outgoing, incoming
+        self._write_at, self._room = 0, outgoing.num_bytes
+        self._read_at, self._available = 0, 0
+        self._taken = 0  # read but not yet given back
+        self._give_back_at = incoming.num_bytes // 4
+        self._ending: str | None = None
+        sock.setblocking(False)
+
+    def interest(self, wants_room: bool) -> list[tuple[int, int]]:
+        return [
+            (self._in.data_fd, select.EPOLLIN),
+            (self._socket.fileno(), select.EPOLLIN | select.EPOLLRDHUP),
+            (self._out.room_fd, select.EPOLLIN if wants_room else 0),
+        ]
+
+    def ready(self, fd: int, mask: int) -> None:
+        if fd == self._out.room_fd:
+            return
+        if fd != self._in.data_fd:
+            self._ending = self._last_words()
+        with suppress(BlockingIOError):
+            self._available += os.eventfd_read(self._in.data_fd)
+        if self._available > self._in.num_bytes:
+            self._available, self._ending = 0, "it announced more bytes than its ring holds"
+
+    def _last_words(self) -> str:
+        try:
+            words = self._socket.recv(1)
+        except OSError as error:
+            return f"its socket failed: {error.strerror}"
+        return "it spoke on the socket of a shared-memory link" if words else "its end of the link closed"
+
+    def write(self, pieces: Sequence[Piece]) -> int:
+        num_bytes = announced = 0
+        for piece in pieces:
+            done = 0
+            while done < len(piece):
+                if not self._room and not self._collect_room():
+                    return self._announce(num_bytes, announced)
+                part = min(len(piece) - done, self._room, ANNOUNCE_BYTES, self._out.num_bytes - self._write_at)
+                end = self._write_at + part
+                self._out.view[self._write_at : end] = piece if part == len(piece) else piece[done : done + part]
+                self._write_at = 0 if end == self._out.num_bytes else end
+                self._room -= part
+                done += part
+                num_bytes += part
+                if num_bytes - announced >= ANNOUNCE_BYTES:
+                    announced = self._announce(num_bytes, announced)
+        return self._announce(num_bytes, announced)
+
+    def _announce(self, num_bytes: int, announced: int) -> int:
+        if num_bytes > announced:
+            os.eventfd_write(self._out.data_fd, num_bytes - announced)
+        return num_bytes
+
+    def _collect_room(self) -> bool:
+        with suppress(BlockingIOError):
+            self._room += os.eventfd_read(self._out.room_fd)
+        if self._room > self._out.num_bytes:
+            raise PeerGone("it gave back more bytes than its ring holds")
+        return self._room > 0
+
+    def read_into(self, target: memoryview) -> int:
+        part = min(len(target), self._available, self._in.num_bytes - self._read_at)
+        if not part:
+            if self._ending is not None and not self._available:
+                raise PeerGone(self._ending)
+            return 0
+        end = self._read_at + part
+        target[:part] = self._in.view[self._read_at : end]
+        self._read_at = 0 if end == self._in.num_bytes else end
+        self._available -= part
+        self._taken += part
+        if self._taken >= self._give_back_at:
+            os.eventfd_write(self._in.room_fd, self._taken)
+            self._taken = 0
+        return part
+
+    def socket_fd(self) -> int:
+        return self._socket.fileno()
+
+    def hang_up(self) -> None:
+        with suppress(OSError):  # not connected any more: epoll has said so already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._out.close()
+        self._in.close()
