@@ -1,0 +1,63 @@
+"""Workers from a spec, and words for why there is no room for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from braid.cluster.errors import SpecError
+from braid.cluster.plan import Node, PoolPlan, explain_refusal, plan_pools, threads_per_worker
+from braid.cluster.spec import from_dict
+
+
+def test_names_roles_and_experts() -> None:
+    pools = plan_pools(from_dict({"decode": {"workers": 2}, "experts": {"workers": 4}}), 8)
+    plans = {plan.name: plan for pool in pools for plan in pool.workers}
+    assert list(plans) == ["prefill-0", "decode-0", "decode-1", "expert-0", "expert-1", "expert-2", "expert-3"]
+    assert plans["decode-1"].role == "decode"
+    assert plans["decode-1"].bundle == 1
+    held = [expert for name, plan in plans.items() if name.startswith("expert") for expert in plan.expert_ids or ()]
+    assert sorted(held) == sorted(list(range(8)) * 2)
+
+
+def test_without_prefill_workers_decode_does_both() -> None:
+    [pool] = plan_pools(from_dict({"prefill": {"workers": 0}, "experts": "colocated"}), 8)
+    assert [plan.role for plan in pool.workers] == ["both"]
+
+
+def test_more_workers_than_experts() -> None:
+    with pytest.raises(SpecError, match="9 workers for 8 experts"):
+        plan_pools(from_dict({"experts": {"workers": 9}}), 8)
+
+
+def test_a_dense_model_wants_colocated() -> None:
+    with pytest.raises(SpecError, match="dense"):
+        plan_pools(from_dict({}), 0)
+
+
+def test_threads_share_a_node() -> None:
+    node = Node("a", "10.0.0.1", 16)
+    assert threads_per_worker(node, 4) == 4
+    assert threads_per_worker(node, 40) == 1
+
+
+def pool(strategy: str = "PACK", cpus: float = 2.0, **labels: str) -> PoolPlan:
+    spec = from_dict({"decode": {"workers": 3, "cpus": cpus, "strategy": strategy, "labels": labels}})
+    return next(pool for pool in plan_pools(spec, 8) if pool.name == "decode")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            pool(role="gpu"),
+            "labels role=gpu: none of the 2 live nodes carries these labels; they carry a: zone=x; b: none",
+        ),
+        (pool("STRICT_SPREAD"), "needs 3 different nodes, there are 2; use SPREAD or add nodes"),
+        (pool(cpus=9.0), "no node has 9 CPU, the largest has 4; lower decode.cpus"),
+        (pool("STRICT_PACK"), "all on one node needs 6 CPU, the largest has 4"),
+        (pool(), "6 CPU on 2 fitting nodes, too many of them taken by others"),
+    ],
+)
+def test_a_refusal_in_words(asked: PoolPlan, words: str) -> None:
+    nodes = [Node("a", "10.0.0.1", 4, 4.0, {"zone": "x"}), Node("b", "10.0.0.2", 2, 2.0)]
+    assert explain_refusal(asked, nodes).endswith(words)
