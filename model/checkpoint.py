@@ -73,8 +73,14 @@ class Checkpoint:
 
     def scale_spec(self, name: str) -> TensorSpec | None:
         """The block scales of an fp8 weight; None for a tensor of another dtype."""
-        if self.spec(name).dtype != "F8_E4M3":
+        spec = self.spec(name)
+        if spec.dtype != "F8_E4M3":
             return None
+        if not self.has(name + SCALE_SUFFIX):
+            raise CheckpointError(
+                f"{spec.path}: {name!r} is fp8 but the checkpoint lacks its scales {name + SCALE_SUFFIX!r}: "
+                "download the files again, or take the BF16 checkpoint"
+            )
         return self.spec(name + SCALE_SUFFIX)
 
     def has(self, name: str) -> bool:
