@@ -26,6 +26,7 @@ from .endpoint import Endpoint
 from .engine import Engine
 from .loading import Loading, memory_checked, resolve_dtype
 from .messages import Kind, pack
+from .requests import Requests
 from .scheduler import Scheduler
 from .settings import WorkerSettings
 from .tracing import setup_tracer
@@ -59,6 +60,7 @@ class AttentionWorker:
         self.loading = Loading()
         self.endpoint: Endpoint | None = None
         self._view: ClusterView | None = None
+        self._latest_load: dict[str, Any] = {}
 
     def prepare(self) -> WorkerInfo:
         """Loads what the role needs, proves the kernels on this machine, then serves.
@@ -84,17 +86,11 @@ class AttentionWorker:
         scheduler = Scheduler(
             BlockAllocator(num_blocks), self.settings.max_sequences, self.settings.max_batch_tokens, MAX_WAITING
         )
-        self.engine = Engine(
-            self.settings.name,
-            config,
-            DeepSeekModel(config, self._weights, cache, self.experts),
-            cache,
-            scheduler,
-            self.experts,
-            self.endpoint.link_to,
-            self.tracer,
-            self.load,
+        self.requests = Requests(
+            self.settings.name, config, cache, scheduler, self.endpoint.link_to, self.tracer, self.load
         )
+        model = DeepSeekModel(config, self._weights, cache, self.experts)
+        self.engine = Engine(config, model, self.experts, self.requests)
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
         return self.endpoint.info
@@ -119,7 +115,7 @@ class AttentionWorker:
         base = {"name": self.settings.name, "role": self.settings.role, "pid": os.getpid()}
         if self.endpoint is None:
             return base
-        return base | self.load() | {"links": self.endpoint.describe_links()}
+        return base | self._latest_load | {"links": self.endpoint.describe_links()}
 
     def stop(self) -> None:
         if self.endpoint:
@@ -127,9 +123,9 @@ class AttentionWorker:
             self.tracer.close()
 
     def load(self) -> dict[str, Any]:
-        """What front ends place requests by, and what /metrics shows."""
-        scheduler = self.engine.scheduler
-        return {
+        """What front ends place requests by, and what /metrics shows. Serving thread only: it reads live queues."""
+        scheduler = self.requests.scheduler
+        self._latest_load = {
             "worker": self.settings.name,
             "role": self.settings.role,
             "free_blocks": scheduler.allocator.num_free,
@@ -139,8 +135,9 @@ class AttentionWorker:
             "sequences": len(scheduler.all()),
             "waiting": len(scheduler.waiting),
             "waiting_tokens": scheduler.num_waiting_tokens,
-            "counters": dict(self.engine.counters) | self._hop_counters(),
+            "counters": dict(self.requests.counters) | self._hop_counters(),
         }
+        return self._latest_load
 
     def _hop_counters(self) -> dict[str, float]:
         if not isinstance(self.experts, RemoteExperts):
@@ -183,26 +180,27 @@ class AttentionWorker:
 
     def _serve(self) -> None:
         assert self.endpoint is not None
-        endpoint, engine = self.endpoint, self.engine
+        endpoint, engine, requests = self.endpoint, self.engine, self.requests
         failed_steps, load_due, busy = 0, 0.0, False
         with torch.inference_mode():
             while not endpoint.stopping:
-                for event in endpoint.inbox(0.0 if busy else LOAD_INTERVAL_S):
-                    engine.handle(event)
+                events = endpoint.inbox(0.0 if busy else LOAD_INTERVAL_S)
+                for event in events:
+                    requests.handle(event)
                 self._swap_view()
                 try:
                     busy = engine.step()
                     failed_steps = 0
                 except Exception as error:  # one bad step must not end the worker; three in a row do
                     log.exception("a step of %s failed", self.settings.name)
-                    engine.fail_all("internal", f"a step of {self.settings.name} failed: {error}")
+                    requests.fail_all("internal", f"a step of {self.settings.name} failed: {error}")
                     failed_steps += 1
                     if failed_steps == MAX_FAILED_STEPS:
                         raise
-                if time.monotonic() >= load_due:
+                if time.monotonic() >= load_due or (not busy and events):
                     self._broadcast_load()
                     load_due = time.monotonic() + LOAD_INTERVAL_S
-            engine.fail_all("unavailable", f"{self.settings.name} is stopping")
+            requests.fail_all("unavailable", f"{self.settings.name} is stopping")
 
     def _swap_view(self) -> None:
         view = self._view

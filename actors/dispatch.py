@@ -156,9 +156,7 @@ class RemoteExperts:
         x = handle.x if len(rows) == len(handle.x) else handle.x[torch.from_numpy(rows)]
         pairs = np.stack([row_of_pair, handle.topk_idx.reshape(-1)[slots]]).astype(np.int32)
         number, self._next_id = self._next_id, self._next_id + 1
-        meta = DISPATCH.pack(
-            number, self.epoch, handle.layer, self.phase, DTYPE_CODES[x.dtype], len(rows), len(slots)
-        )
+        meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, DTYPE_CODES[x.dtype], len(rows), len(slots))
         payload = bytes_of(x)
         link = self._links[owner]
         assert link is not None, f"the table chose {self._names[owner]}, which has no link"

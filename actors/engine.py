@@ -1,34 +1,22 @@
-"""The step loop of an attention worker: schedule, run, postprocess.
+"""The step of an attention worker: schedule, run, postprocess.
 
-Everything here happens on one thread: no locks, and no Ray (DESIGN law 1). Sequences enter by SUBMIT (a front end) or
-KV_OPEN (a prefill worker) and leave by a finish, a cancel, a deadline or a death; each of these frees the blocks.
+Everything here happens on one thread: no locks, and no Ray (DESIGN law 1).
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, Segment
-from ..model.kv_cache import LatentCache
-from ..model.sampler import SampledToken, prompt_logprobs, sample
-from .kv_transfer import LayerSender, open_message, receive_layer, sequence_from_open
-from .links import Link, LinkClosed, LinkFull
-from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, pack, unpack
-from .reactor import Closed, Event, Opened, Received
-from .scheduler import Chunk, Plan, Scheduler
+from ..model.sampler import prompt_logprobs, sample
+from .kv_transfer import LayerSender
+from .requests import Requests, wire_logprob
+from .scheduler import Chunk, Plan
 from .sequence import Sequence
-from .tracing import Tracer
-
-log = logging.getLogger(__name__)
-
-NUM_TOMBSTONES = 4096  # cancelled ids remembered, for a KV_OPEN that was overtaken by its own cancel
 
 
 class ExpertSide(Protocol):
@@ -42,180 +30,37 @@ class ExpertSide(Protocol):
 
 
 class Engine:
-    """Owns the sequences of one attention worker."""
+    """Runs what the scheduler plans for one attention worker's requests."""
 
-    def __init__(
-        self,
-        name: str,
-        config: ModelConfig,
-        model: DeepSeekModel,
-        cache: LatentCache,
-        scheduler: Scheduler,
-        experts: ExpertSide,
-        link_to: Callable[[str], Link | None],
-        tracer: Tracer,
-        describe_load: Callable[[], dict[str, Any]],
-    ) -> None:
-        self.name = name
+    def __init__(self, config: ModelConfig, model: DeepSeekModel, experts: ExpertSide, requests: Requests) -> None:
         self.config = config
         self.model = model
-        self.cache = cache
-        self.scheduler = scheduler
         self.experts = experts
-        self.link_to = link_to
-        self.tracer = tracer
-        self.describe_load = describe_load
-        self.counters: Counter[str] = Counter()
-        self._sequences: dict[str, Sequence] = {}
-        self._receiving: dict[tuple[str, int], Sequence] = {}
-        self._sent: dict[tuple[str, int], Sequence] = {}
-        self._cancelled: OrderedDict[str, None] = OrderedDict()
-        self._outbox: dict[str, list[TokenItem]] = {}
-        self._next_number = 1
-
-    # ---- events in
-
-    def handle(self, event: Event) -> None:
-        """One link event. Messages of kinds that are not ours (late expert rows) are dropped."""
-        if isinstance(event, Closed):
-            self._on_closed(event)
-        elif isinstance(event, Opened) and event.link.peer.role == "front":
-            self._send(event.link, Kind.LOAD, pack({"load": self.describe_load()}))
-        elif isinstance(event, Received):
-            handler = self._handlers.get(Kind(event.message.kind))
-            if handler:
-                handler(self, event)
-
-    def _on_submit(self, event: Received) -> None:
-        sequence = Sequence.from_submit(Submit.unpack(event.message.meta))
-        if sequence.target == self.name:
-            sequence.target = ""
-        sequence.number, self._next_number = self._next_number, self._next_number + 1
-        self._sequences[sequence.id] = sequence
-        if not self.scheduler.submit(sequence):
-            self._fail(sequence, "busy", f"{self.name} has no room for a prompt of {sequence.num_prompt} tokens now")
-        elif sequence.target and sequence.params.max_tokens > 1:
-            link = self.link_to(sequence.target)
-            if link is None or not self._send(link, Kind.KV_OPEN, open_message(sequence)):
-                self._fail(sequence, "unavailable", f"{self.name} has no link to decode worker {sequence.target}")
-            else:
-                self._sent[sequence.target, sequence.number] = sequence
-        else:
-            sequence.accepted = True
-
-    def _on_cancel(self, event: Received) -> None:
-        request_id = unpack(event.message.meta)["id"]
-        self._cancelled[request_id] = None
-        if len(self._cancelled) > NUM_TOMBSTONES:
-            self._cancelled.popitem(last=False)
-        sequence = self._sequences.get(request_id)
-        if sequence is not None:
-            self.counters["cancelled"] += 1
-            self._drop(sequence, "cancelled by its front end")
-
-    def _on_kv_open(self, event: Received) -> None:
-        sequence = sequence_from_open(event.message.meta, event.link.peer.name)
-        if sequence.id in self._cancelled:
-            reason = "cancelled"
-        elif self.link_to(sequence.front) is None:
-            reason = f"{self.name} has no link to front end {sequence.front}"
-        elif not self.scheduler.reserve(sequence):
-            reason = f"{self.name} has {self.scheduler.allocator.num_free} free blocks"
-        else:
-            self._sequences[sequence.id] = sequence
-            self._receiving[event.link.peer.name, sequence.number] = sequence
-            self._send(event.link, Kind.KV_ACCEPTED, pack({"number": sequence.number}))
-            return
-        self._send(event.link, Kind.KV_REFUSED, pack({"number": sequence.number, "reason": reason}))
-
-    def _on_kv_layer(self, event: Received) -> None:
-        num_bytes = receive_layer(self.cache, self._receiving, event.link, event.message)
-        self.counters["kv_bytes_in"] += num_bytes
-
-    def _on_kv_done(self, event: Received) -> None:
-        body = unpack(event.message.meta)
-        sequence = self._receiving.pop((event.link.peer.name, body["number"]), None)
-        if sequence is None:
-            return
-        expected = sequence.num_prompt * self.config.num_hidden_layers
-        if sequence.rows_received != expected:
-            told = f"{sequence.rows_received} of {expected} latent rows arrived from {event.link.peer.name}"
-            self._fail(sequence, "internal", told)
-            return
-        sequence.num_computed = sequence.num_prompt
-        sequence.tokens.append(body["token_id"])
-        sequence.started_ns = time.time_ns()
-        self.scheduler.start_decode(sequence)
-
-    def _on_kv_abort(self, event: Received) -> None:
-        sequence = self._receiving.pop((event.link.peer.name, unpack(event.message.meta)["number"]), None)
-        if sequence is not None:
-            self._forget(sequence)
-
-    def _on_kv_accepted(self, event: Received) -> None:
-        sequence = self._sent.get((event.link.peer.name, unpack(event.message.meta)["number"]))
-        if sequence is not None:
-            sequence.accepted = True
-            if sequence.state == "handover":
-                self._hand_over(sequence)
-
-    def _on_kv_refused(self, event: Received) -> None:
-        body = unpack(event.message.meta)
-        sequence = self._sent.pop((event.link.peer.name, body["number"]), None)
-        if sequence is not None:
-            self._fail(sequence, "busy", f"decode worker {event.link.peer.name} refused: {body['reason']}")
-
-    _handlers: dict[Kind, Callable[[Engine, Received], None]] = {  # noqa: RUF012 - a constant table
-        Kind.SUBMIT: _on_submit,
-        Kind.CANCEL: _on_cancel,
-        Kind.KV_OPEN: _on_kv_open,
-        Kind.KV_LAYER: _on_kv_layer,
-        Kind.KV_DONE: _on_kv_done,
-        Kind.KV_ABORT: _on_kv_abort,
-        Kind.KV_ACCEPTED: _on_kv_accepted,
-        Kind.KV_REFUSED: _on_kv_refused,
-    }
-
-    def _on_closed(self, event: Closed) -> None:
-        """A peer is gone: exactly the sequences that need it end, each with its reason (DESIGN law 2)."""
-        name = event.link.peer.name
-        if self.link_to(name) is not None:
-            return  # an older link of a peer that has already come back
-        for sequence in list(self._sequences.values()):
-            if sequence.front == name:
-                self._drop(sequence, f"front end {name} is gone")
-            elif sequence.target == name:
-                self._fail(sequence, "unavailable", f"decode worker {name} is gone: {event.reason}")
-            elif sequence.source == name and sequence.state == "receiving":
-                self._fail(sequence, "unavailable", f"prefill worker {name} is gone: {event.reason}")
-
-    # ---- one step
+        self.requests = requests
+        self.scheduler = requests.scheduler
 
     def step(self) -> bool:
         """Runs one batch and sends what came of it. False when there was nothing to run."""
-        self._expire()
+        self.requests.expire()
         plan = self.scheduler.plan()
         if plan:
             self._run(plan)
-        self._flush()
+        self.requests.flush()
         return bool(plan)
 
     def _run(self, plan: Plan) -> None:
         batch = _batch_of(plan)
-        bound = [(chunk, link) for chunk in plan.prefill if (link := self._kv_link(chunk.sequence))]
+        bound = [(chunk, link) for chunk in plan.prefill if (link := self.requests.kv_link(chunk.sequence))]
         now = time.time_ns()
         for chunk in plan.prefill:
             chunk.sequence.started_ns = chunk.sequence.started_ns or now
         self.experts.phase = 0 if plan.decode else 1
-        logits = self.model.forward(batch, LayerSender(self.cache, bound)).logits
+        logits = self.model.forward(batch, LayerSender(self.requests.cache, bound)).logits
         self.experts.end_step()
-        self.counters["steps"] += 1
-        self.counters["tokens"] += len(batch.token_ids)
+        self.requests.counters["steps"] += 1
+        self.requests.counters["tokens"] += len(batch.token_ids)
         failed = self._fail_rows(plan, self.experts.take_failed())
         self._postprocess(plan, logits, failed)
-
-    def _kv_link(self, sequence: Sequence) -> Link | None:
-        return self.link_to(sequence.target) if (sequence.target, sequence.number) in self._sent else None
 
     def _postprocess(self, plan: Plan, logits: torch.Tensor, failed: set[Sequence]) -> None:
         """logits rows: decode sequences, then per chunk all its rows (prompt log-probabilities) or its last one."""
@@ -236,7 +81,7 @@ class Engine:
     def _sample(self, picks: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
         scoring = [sequence for sequence, _ in picks if sequence.params.max_tokens == 0]
         for sequence in scoring:
-            self._finish(sequence, self._item(sequence, [], "length"))
+            self.requests.finish(sequence, self.requests.item(sequence, [], "length"))
         picks = [pick for pick in picks if pick[0] not in scoring]
         if not picks:
             return
@@ -250,78 +95,7 @@ class Engine:
             [sequence.banned(eos) for sequence in sequences],
         )
         for sequence, token in zip(sequences, tokens, strict=True):
-            self._append(sequence, token)
-
-    def _append(self, sequence: Sequence, token: SampledToken) -> None:
-        sequence.tokens.append(token.token_id)
-        finish = sequence.finish_reason(self.config.eos_token_ids)
-        if finish:
-            self._finish(sequence, self._item(sequence, [token], finish))
-        elif sequence.state == "decode":
-            self._emit(sequence, self._item(sequence, [token]))
-        elif sequence.target:
-            sequence.first_token, sequence.state = token, "handover"
-            if sequence.accepted:
-                self._hand_over(sequence)
-        else:
-            self._emit(sequence, self._item(sequence, [token]))
-            self._trace_prefill(sequence)
-            sequence.started_ns = time.time_ns()
-            self.scheduler.start_decode(sequence)
-
-    def _hand_over(self, sequence: Sequence) -> None:
-        """The prompt's rows have left and the decode worker has room: it goes on from the first token."""
-        token = sequence.first_token
-        assert token is not None, f"{sequence.id} handed over without a first token"
-        link = self._kv_link(sequence)
-        del self._sent[sequence.target, sequence.number]
-        done = pack({"number": sequence.number, "token_id": token.token_id})
-        if link is None or not self._send(link, Kind.KV_DONE, done):
-            self._fail(sequence, "unavailable", f"decode worker {sequence.target} is gone")
-            return
-        self._emit(sequence, self._item(sequence, [token]))
-        self._trace_prefill(sequence)
-        attributes = {"braid.kv.bytes": sequence.kv_bytes, "braid.to": sequence.target}
-        self.tracer.record("kv_transfer", sequence.carrier, sequence.kv_started_ns, time.time_ns(), attributes)
-        self.counters["kv_bytes_out"] += sequence.kv_bytes
-        self._forget(sequence)
-
-    # ---- ends
-
-    def _finish(self, sequence: Sequence, item: TokenItem) -> None:
-        self._emit(sequence, item)
-        self.counters["finished"] += 1
-        if sequence.state == "decode":
-            attributes = {"braid.worker": self.name, "gen_ai.usage.output_tokens": sequence.num_generated}
-            self.tracer.record("decode", sequence.carrier, sequence.started_ns, time.time_ns(), attributes)
-        else:
-            self._trace_prefill(sequence)
-        self._drop(sequence, "finished")
-
-    def _fail(self, sequence: Sequence, code: ErrorCode, message: str) -> None:
-        item = TokenItem(sequence.id, sequence.num_generated, finish="error", error={"code": code, "message": message})
-        self._emit(sequence, item)
-        self.counters["failed"] += 1
-        self._drop(sequence, message)
-
-    def _drop(self, sequence: Sequence, reason: str) -> None:
-        """Forgets a sequence here and, if its rows are on their way, at the decode worker."""
-        link = self._kv_link(sequence)
-        if link is not None:
-            self._send(link, Kind.KV_ABORT, pack({"number": sequence.number, "reason": reason}))
-        self._sent.pop((sequence.target, sequence.number), None)
-        self._receiving.pop((sequence.source, sequence.number), None)
-        self._forget(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
-        self._sequences.pop(sequence.id, None)
-        self.scheduler.finish(sequence)
-
-    def fail_all(self, code: ErrorCode, message: str) -> None:
-        """Ends every sequence with the same error: after a step that raised, or before stopping."""
-        for sequence in list(self._sequences.values()):
-            self._fail(sequence, code, message)
-        self._flush()
+            self.requests.append(sequence, token)
 
     def _fail_rows(self, plan: Plan, failed: dict[int, str]) -> set[Sequence]:
         if not failed:
@@ -331,55 +105,8 @@ class Engine:
             owner_of_row += [chunk.sequence] * chunk.num
         lost = {owner_of_row[row]: reason for row, reason in failed.items()}
         for sequence, reason in lost.items():
-            self._fail(sequence, "unavailable", reason)
+            self.requests.fail(sequence, "unavailable", reason)
         return set(lost)
-
-    def _expire(self) -> None:
-        now = time.time()
-        for sequence in [s for s in self._sequences.values() if s.deadline <= now]:
-            self._fail(sequence, "deadline", f"the deadline passed after {sequence.num_generated} tokens")
-
-    # ---- messages out
-
-    def _item(self, sequence: Sequence, tokens: list[SampledToken], finish: Finish | None = None) -> TokenItem:
-        wanted = sequence.params.logprobs is not None
-        first = not tokens or sequence.num_generated == 1
-        return TokenItem(
-            sequence.id,
-            index=sequence.num_generated - len(tokens),
-            token_ids=[token.token_id for token in tokens],
-            logprobs=[_wire_logprob(token) for token in tokens] if wanted else None,
-            prompt_logprobs=sequence.prompt_logprobs if first and sequence.prompt_logprobs else None,
-            finish=finish,
-            timing={"queue_s": (sequence.started_ns - sequence.arrived_ns) / 1e9} if first else {},
-        )
-
-    def _emit(self, sequence: Sequence, item: TokenItem) -> None:
-        self.counters["generated"] += len(item.token_ids)
-        self._outbox.setdefault(sequence.front, []).append(item)
-
-    def _flush(self) -> None:
-        """One message per front end and step (DESIGN section 4)."""
-        if not self._outbox:
-            return
-        load = self.describe_load()
-        for front, items in self._outbox.items():
-            link = self.link_to(front)
-            if link is not None:
-                self._send(link, Kind.TOKENS, pack({"load": load, "items": [item.wire() for item in items]}))
-        self._outbox = {}
-
-    def _send(self, link: Link, kind: Kind, meta: bytes) -> bool:
-        try:
-            link.send(kind, meta)
-        except (LinkClosed, LinkFull) as error:
-            log.warning("%s to %s not sent: %s", kind.name, link.peer.name, error)
-            return False
-        return True
-
-    def _trace_prefill(self, sequence: Sequence) -> None:
-        attributes = {"braid.worker": self.name, "gen_ai.usage.input_tokens": sequence.num_prompt}
-        self.tracer.record("prefill", sequence.carrier, sequence.started_ns, time.time_ns(), attributes)
 
 
 def _num_logit_rows(chunk: Chunk) -> int:
@@ -401,10 +128,6 @@ def _batch_of(plan: Plan) -> Batch:
     return Batch(torch.tensor(tokens), segments, torch.tensor(logit_rows, dtype=torch.int64))
 
 
-def _wire_logprob(token: SampledToken) -> WireLogprob:
-    return [token.logprob, [list(pair) for pair in token.top]]
-
-
 def _extend_prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> None:
     """Row i of a chunk predicts position start + i + 1; the first prompt token has no prediction."""
     sequence = chunk.sequence
@@ -414,4 +137,4 @@ def _extend_prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> None:
         sequence.prompt_logprobs.append(None)
     targets = sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.num + 1, sequence.num_prompt)]
     scored = prompt_logprobs(logits[: len(targets)], torch.tensor(targets, dtype=torch.int64), top)
-    sequence.prompt_logprobs.extend(_wire_logprob(token) for token in scored)
+    sequence.prompt_logprobs.extend(wire_logprob(token) for token in scored)

@@ -15,7 +15,9 @@ from processes import Answer, ProcessCluster
 
 from braid.model.sampling_params import SamplingParams
 
-PROMPTS = [[(7 * i * j + 3 * i + j) % 250 + 3 for j in range(length)] for i, length in enumerate((1, 5, 63, 64, 65, 130))]
+PROMPTS = [
+    [(7 * i * j + 3 * i + j) % 250 + 3 for j in range(length)] for i, length in enumerate((1, 5, 63, 64, 65, 130))
+]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
@@ -69,14 +71,18 @@ def test_sampled_tokens_and_logprobs_do_not_depend_on_company(cluster: ProcessCl
     assert alone.prompt_logprobs[0] is None
 
 
-def test_a_single_token_and_a_scored_prompt_need_no_decode_worker(cluster: ProcessCluster, oracle: list[list[int]]) -> None:
+def test_a_single_token_and_a_scored_prompt_need_no_decode_worker(
+    cluster: ProcessCluster, oracle: list[list[int]]
+) -> None:
     (one,) = cluster.generate([PROMPTS[2]], SamplingParams(max_tokens=1, temperature=0.0))
     assert (one.token_ids, one.finish) == (oracle[2][:1], "length")
     (scored,) = cluster.generate([PROMPTS[2]], SamplingParams(max_tokens=0, prompt_logprobs=0))
     assert (scored.token_ids, scored.finish, len(scored.prompt_logprobs)) == ([], "length", len(PROMPTS[2]))
 
 
-def test_a_stop_token_ends_the_sequence_and_min_tokens_bans_it(cluster: ProcessCluster, oracle: list[list[int]]) -> None:
+def test_a_stop_token_ends_the_sequence_and_min_tokens_bans_it(
+    cluster: ProcessCluster, oracle: list[list[int]]
+) -> None:
     stop = oracle[3][4]
     first = oracle[3].index(stop)
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, stop_token_ids=(stop,))

@@ -1,4 +1,4 @@
-"""What one death costs: nothing where a replica is left, a clear error for exactly the requests it concerns where not."""
+"""What one death costs: nothing where a replica is left; else a clear error for exactly the requests it concerns."""
 
 from __future__ import annotations
 
