@@ -13,7 +13,7 @@ RefusalCode = Literal["invalid", "busy", "unavailable", "deadline", "not_found",
 
 
 class RequestRefused(Exception):
-    """Ends a request with an answer. Raised before the first delta, or in the midst of the stream when a worker dies."""
+    """Ends a request with an answer, before its first delta or, when a worker dies, in the midst of the stream."""
 
     def __init__(self, code: RefusalCode, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -32,6 +32,7 @@ class GenerateRequest:
     carrier: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None  # None = the front end's own limit, which also caps it
     request_id: str = ""
+    operation: Literal["text_completion", "chat"] = "text_completion"  # in traces only
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,6 @@ class FrontEndSettings:
 
     name: str
     secret: bytes
-    host_id: str
     model_name: str
     vocab_size: int
     max_model_len: int
@@ -85,6 +85,7 @@ class FrontEndSettings:
     max_waiting: int = 256
     request_timeout_s: float = 600.0
     link_timeout_s: float = 5.0
+    host_id: str | None = None  # None = found out by the process the front end runs in
 
     def __repr__(self) -> str:  # the secret stays out of logs
         return f"FrontEndSettings({self.name}#{self.incarnation}, model={self.model_name})"
@@ -100,3 +101,21 @@ class ModelInfo:
     architecture: str = ""
     created: int = 0
     notices: tuple[str, ...] = ()
+
+
+def check_request(request: GenerateRequest, settings: FrontEndSettings) -> None:
+    """Raises ValueError saying what to change."""
+    params, num_prompt = request.params, len(request.prompt_ids)
+    params.check()
+    if not num_prompt:
+        raise ValueError("the prompt is empty: send at least one token")
+    if num_prompt + params.max_tokens > settings.max_model_len:
+        raise ValueError(
+            f"a prompt of {num_prompt} tokens and max_tokens {params.max_tokens} exceed the context of "
+            f"{settings.max_model_len} tokens: shorten the prompt or lower max_tokens"
+        )
+    for token_id in request.prompt_ids:
+        if not 0 <= token_id < settings.vocab_size:
+            raise ValueError(f"token id {token_id} in the prompt: use 0 to {settings.vocab_size - 1}")
+    if "" in request.stop:
+        raise ValueError("stop contains an empty string: leave it out")

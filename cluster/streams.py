@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ..model.sampling_params import SamplingParams
 from .request import Delta, TokenLogprob, Usage
 from .stop_strings import StopScanner
 
+Finish = Literal["stop", "length"]
 TokenItem = dict[str, Any]  # actors/messages.py: TokenItem
 
 
@@ -62,7 +63,7 @@ class OutputStream:
         self.num_cached = max(self.num_cached, item.get("cached") or 0)
         text, used, stop = self._text(token_ids, item["finish"])
         self.num_tokens += used
-        finish = "stop" if stop is not None else item["finish"]
+        finish: Finish | None = "stop" if stop is not None else item["finish"]
         self.is_done = finish is not None
         logprobs = item.get("logprobs")
         return Delta(

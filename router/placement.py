@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillCandidate:
-    name: str
-    queued_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +26,23 @@ def blocks_needed(num_prompt: int, max_tokens: int, block_size: int) -> int:
     return -(-(num_prompt + max(max_tokens - 1, 0)) // block_size)
 
 
-def place(
-    prefill: Iterable[PrefillCandidate], decode: Iterable[DecodeCandidate], num_blocks: int
-) -> Placement | None:
+def place(queues: Mapping[str, int], decode: Iterable[DecodeCandidate], num_blocks: int) -> Placement | None:
     """The decode worker with the most free blocks and the prefill worker with the shortest queue; None = no room now.
 
+    `queues`: queued prompt tokens by prefill worker. 0 blocks: the prompt's worker samples the only token as well.
     When the chosen decode worker also computes prompts, it computes this one: the KV cache then never travels.
     """
-    queues = {candidate.name: candidate.queued_tokens for candidate in prefill}
+    if queues and not num_blocks:
+        return Placement(shortest_queue(queues), shortest_queue(queues))
     roomy = [candidate for candidate in decode if candidate.free_blocks >= num_blocks]
     if not queues or not roomy:
         return None
     target = min(roomy, key=lambda c: (-c.free_blocks, queues.get(c.name, 0), c.running, c.name)).name
-    if target in queues:
-        return Placement(target, target)
-    return Placement(min(queues, key=lambda name: (queues[name], name)), target)
+    return Placement(target if target in queues else shortest_queue(queues), target)
+
+
+def shortest_queue(queues: Mapping[str, int]) -> str:
+    return min(queues, key=lambda name: (queues[name], name))
 
 
 @dataclass(slots=True)

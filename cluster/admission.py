@@ -1,0 +1,175 @@
+"""Who waits, who is placed where, and what this front end has reserved on which worker. Pure: time comes in as `now`.
+
+Placement is first come, first served: a request that does not fit yet keeps its place and those behind it wait too.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..actors.view import Role
+from ..router.placement import DecodeCandidate, DecodeLedger, Placement, blocks_needed, place
+
+BUSY_PAUSE_S = 0.05  # a worker that just said "busy" is not asked again before
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One request on its way. `order` is its arrival; `num_blocks` what it holds on its decode worker."""
+
+    order: int
+    num_prompt: int
+    max_tokens: int
+    placement: Placement | None = None
+    num_blocks: int = 0
+    is_prefilled: bool = False
+    is_seen: bool = False
+
+    @property
+    def needs_decode(self) -> bool:
+        return self.max_tokens > 1  # the first token is the prefill worker's
+
+    def depends_on(self, worker: str) -> bool:
+        """Whether the worker's death ends the request: a prefill worker that is done no longer matters."""
+        if self.placement is None:
+            return False
+        is_prefilling = self.placement.prefill == worker and not self.is_prefilled
+        return is_prefilling or self.placement.decode == worker
+
+
+@dataclass(slots=True)
+class LinkedWorker:
+    name: str
+    role: Role
+    load: dict[str, Any] | None = None
+    ledger: DecodeLedger = field(default_factory=DecodeLedger)
+    unprefilled_tokens: int = 0
+    paused_until: float = 0.0
+
+    @property
+    def queued_tokens(self) -> int:
+        """Reports lag behind what this front end has just sent."""
+        return max(self.load["waiting_tokens"] if self.load else 0, self.unprefilled_tokens)
+
+    def holds(self, num_positions: int) -> bool:
+        return self.load is not None and num_positions <= self.load["total_blocks"] * self.load["block_size"]
+
+
+class Admission:
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting = max_waiting
+        self.workers: dict[str, LinkedWorker] = {}
+        self.waiting: list[Ticket] = []
+
+    # ---- workers
+
+    def link(self, name: str, role: Role) -> None:
+        self.workers[name] = LinkedWorker(name, role)
+
+    def unlink(self, name: str) -> None:
+        self.workers.pop(name, None)
+
+    def report(self, load: dict[str, Any]) -> None:
+        worker = self.workers.get(load["worker"])
+        if worker is not None:
+            worker.load = load
+            worker.ledger.total_blocks = load["total_blocks"]
+            worker.ledger.reported_free = load["free_blocks"]
+
+    def pause(self, name: str, now: float) -> None:
+        if name in self.workers:
+            self.workers[name].paused_until = now + BUSY_PAUSE_S
+
+    def of_role(self, *roles: Role) -> list[LinkedWorker]:
+        """Linked workers that have told their load."""
+        return [worker for worker in self.workers.values() if worker.role in roles and worker.load is not None]
+
+    @property
+    def is_ready(self) -> bool:
+        return bool(self.of_role("prefill", "both") and self.of_role("decode", "both"))
+
+    # ---- requests
+
+    def why_never(self, ticket: Ticket) -> str | None:
+        """Says why no linked worker could ever hold this request."""
+        needs = [("prefill", ticket.num_prompt), ("decode", ticket.num_prompt + ticket.max_tokens - 1)]
+        for role, positions in needs if ticket.needs_decode else needs[:1]:
+            workers = self.of_role("both", "prefill" if role == "prefill" else "decode")
+            if not any(worker.holds(positions) for worker in workers):
+                room = max((w.load["total_blocks"] * w.load["block_size"] for w in workers if w.load), default=0)
+                return (
+                    f"the request needs KV cache for {positions} tokens, the largest {role} worker has room for {room}"
+                )
+        return None
+
+    def join(self, ticket: Ticket, now: float) -> bool:
+        """Places the ticket at once or lets it wait; False when the queue is full."""
+        if len(self.waiting) >= self.max_waiting and (self.waiting or not self._place(ticket, now)):
+            return False
+        if ticket.placement is None:
+            self.waiting.append(ticket)
+        return True
+
+    def rejoin(self, ticket: Ticket) -> None:
+        """Back to its old place in the queue, after a worker said "busy"."""
+        self.release(ticket)
+        insort(self.waiting, ticket, key=lambda waiting: waiting.order)
+
+    def place_waiting(self, now: float) -> list[Ticket]:
+        """Takes as many tickets off the head of the queue as fit now."""
+        placed: list[Ticket] = []
+        while self.waiting and self._place(self.waiting[0], now):
+            placed.append(self.waiting.pop(0))
+        return placed
+
+    def note_token(self, ticket: Ticket, worker: str) -> None:
+        """A token of the ticket came from this worker, together with a load report that knows of it."""
+        assert ticket.placement is not None, "a token for a request that is not placed"
+        if not ticket.is_prefilled:
+            ticket.is_prefilled = True
+            if ticket.placement.prefill in self.workers:
+                self.workers[ticket.placement.prefill].unprefilled_tokens -= ticket.num_prompt
+        if worker == ticket.placement.decode and not ticket.is_seen:
+            ticket.is_seen = True
+            if worker in self.workers:
+                self.workers[worker].ledger.see(ticket.num_blocks)
+
+    def release(self, ticket: Ticket) -> None:
+        """Takes the ticket out wherever it stands; a second time does nothing."""
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
+        placement, ticket.placement = ticket.placement, None
+        if placement is None:
+            return
+        if placement.prefill in self.workers and not ticket.is_prefilled:
+            self.workers[placement.prefill].unprefilled_tokens -= ticket.num_prompt
+        if placement.decode in self.workers:
+            self.workers[placement.decode].ledger.release(ticket.num_blocks, ticket.is_seen)
+        ticket.num_blocks, ticket.is_prefilled, ticket.is_seen = 0, False, False
+
+    def _place(self, ticket: Ticket, now: float) -> bool:
+        awake = [worker for worker in self.workers.values() if worker.load and worker.paused_until <= now]
+        queues = {
+            w.name: w.queued_tokens for w in awake if w.role in ("prefill", "both") and w.holds(ticket.num_prompt)
+        }
+        decode = [
+            DecodeCandidate(w.name, w.ledger.free_blocks, w.load["running"])
+            for w in awake
+            if w.load and w.role in ("decode", "both")
+        ]
+        num_blocks = self._num_blocks(ticket, awake)
+        ticket.placement = place(queues, decode, num_blocks)
+        if ticket.placement is None:
+            return False
+        ticket.num_blocks = num_blocks
+        self.workers[ticket.placement.prefill].unprefilled_tokens += ticket.num_prompt
+        self.workers[ticket.placement.decode].ledger.reserve(num_blocks)
+        return True
+
+    def _num_blocks(self, ticket: Ticket, workers: list[LinkedWorker]) -> int:
+        if not ticket.needs_decode:
+            return 0
+        block_size = min((worker.load["block_size"] for worker in workers if worker.load), default=1)
+        return blocks_needed(ticket.num_prompt, ticket.max_tokens, block_size)

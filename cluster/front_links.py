@@ -1,0 +1,213 @@
+"""A front end's links to all attention workers: one thread polls them, the asyncio loop gets what they say in batches.
+
+Everything but `_poll` runs on the loop; sends need no hop, a Link takes them from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ..actors.dialing import choose_transport, dial, host_id
+from ..actors.links import Hello, Link, LinkClosed, LinkError, LinkFull
+from ..actors.messages import Kind, unpack
+from ..actors.reactor import Closed, Event, Opened, Reactor
+from ..actors.view import ClusterView, Role, WorkerInfo
+from .request import FrontEndSettings
+
+POLL_S = 1.0  # only bounds how long a closed loop goes unnoticed: messages and `close` wake the thread
+REDIAL_S = (0.1, 0.25, 0.5, 1.0, 2.0)  # a view can be newer than the worker's listener, or older than its death
+STOP_TIMEOUT_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    worker: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    worker: str
+    kind: Kind
+    body: dict[str, Any]
+
+
+News = Joined | Left | Told
+
+
+class FrontLinks:
+    """Keeps one link to every attention worker of the newest view; `on_news` gets what they tell, in order."""
+
+    def __init__(self, settings: FrontEndSettings, on_news: Callable[[list[News]], None]) -> None:
+        self.settings = settings
+        self.hello = Hello(settings.name, "front", settings.incarnation, settings.host_id or host_id())
+        self.on_news = on_news
+        self._loop = asyncio.get_running_loop()
+        self._reactor = Reactor()
+        self._links: dict[str, Link] = {}
+        self._wanted: dict[str, WorkerInfo] = {}
+        self._dialing: dict[str, asyncio.Task[None]] = {}
+        self._view: ClusterView | None = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._poll, name=f"links-{settings.name}", daemon=True)
+        self._thread.start()
+
+    async def apply(self, view: ClusterView) -> None:
+        """Drops links to lives that left, dials new ones and returns after one attempt. Old views are ignored."""
+        if self._is_closed or (self._view is not None and view.epoch < self._view.epoch):
+            return
+        self._view = view
+        self._wanted = {worker.name: worker for worker in view.of_role("prefill", "decode", "both")}
+        for name, link in list(self._links.items()):
+            if not self._is_wanted(name, link.peer.incarnation):
+                link.close(f"{name} left the cluster")
+                self._lose(name, f"{name} left the cluster")
+        attempts = [self._dial_soon(worker) for worker in self._wanted.values() if worker.name not in self._links]
+        if attempts:
+            await asyncio.wait(attempts, timeout=2 * self.settings.link_timeout_s)
+
+    def send(self, worker: str, kind: Kind, meta: bytes) -> str | None:
+        """None when the message is on its way, else the reason why it is not."""
+        link = self._links.get(worker)
+        if link is None:
+            return f"no link to {worker}"
+        try:
+            link.send(kind, meta)
+        except (LinkClosed, LinkFull) as error:
+            return str(error)
+        return None
+
+    async def close(self) -> None:
+        self._is_closed = True
+        tasks = list(self._dialing.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._reactor.wake()
+        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+
+    # ---- dialing
+
+    def _is_wanted(self, name: str, incarnation: int) -> bool:
+        return not self._is_closed and name in self._wanted and self._wanted[name].incarnation == incarnation
+
+    def _dial_soon(self, worker: WorkerInfo) -> asyncio.Future[None]:
+        """Dials in the background until the worker is linked or no longer wanted; the future ends with one attempt."""
+        first = self._loop.create_future()
+        task = self._loop.create_task(self._keep_dialing(worker, self._dialing.get(worker.name), first))
+        self._dialing[worker.name] = task
+        task.add_done_callback(lambda _: self._forget_dialing(worker.name, task, first))
+        return first
+
+    def _forget_dialing(self, name: str, task: asyncio.Task[None], first: asyncio.Future[None]) -> None:
+        if self._dialing.get(name) is task:
+            del self._dialing[name]
+        if not first.done():
+            first.set_result(None)
+
+    async def _keep_dialing(
+        self, worker: WorkerInfo, previous: asyncio.Task[None] | None, first: asyncio.Future[None]
+    ) -> None:
+        if previous is not None:  # one at a time: it may be linking this very life
+            previous.cancel()
+            await asyncio.wait([previous])
+        for attempt in itertools.count():
+            if not self._is_wanted(worker.name, worker.incarnation) or worker.name in self._links:
+                return
+            link = await self._dial(worker)
+            if link is not None and self._take(worker, link):
+                return
+            if not first.done():
+                first.set_result(None)
+            await asyncio.sleep(REDIAL_S[min(attempt, len(REDIAL_S) - 1)])
+
+    async def _dial(self, worker: WorkerInfo) -> Link | None:
+        assert self._view is not None, "dialing without a view"
+        settings = self.settings
+        try:
+            transport = choose_transport(self.hello, worker.host_id, self._view.transport, bulk=False)
+            dialing = asyncio.ensure_future(
+                asyncio.to_thread(dial, worker, self.hello, settings.secret, transport, settings.link_timeout_s)
+            )
+            return await asyncio.shield(dialing)
+        except asyncio.CancelledError:
+            dialing.add_done_callback(_hang_up)  # a thread cannot be cancelled: what it still makes is closed
+            raise
+        except (LinkError, ValueError) as error:
+            log.warning("%s cannot reach %s#%d: %s", settings.name, worker.name, worker.incarnation, error)
+            return None
+
+    def _take(self, worker: WorkerInfo, link: Link) -> bool:
+        is_theirs = (link.peer.name, link.peer.incarnation) == (worker.name, worker.incarnation)
+        if not is_theirs or not self._is_wanted(worker.name, worker.incarnation):
+            link.close("another life answers there")
+            return False
+        self._links[worker.name] = link
+        self._reactor.add(link)
+        return True
+
+    def _lose(self, name: str, reason: str) -> None:
+        del self._links[name]
+        self.on_news([Left(name, reason)])
+
+    # ---- the thread
+
+    def _poll(self) -> None:
+        try:
+            while not self._is_closed:
+                news = [(event.link, told) for event in self._reactor.poll(POLL_S) if (told := _read(event))]
+                if news:
+                    self._loop.call_soon_threadsafe(self._hear, news)
+        except Exception:
+            if not self._loop.is_closed():
+                log.exception("%s lost all its links: its polling thread failed", self.settings.name)
+                self._loop.call_soon_threadsafe(self._lose_all)
+        finally:
+            self._reactor.close()
+
+    def _lose_all(self) -> None:
+        self._is_closed = True
+        for name in list(self._links):
+            self._lose(name, "the front end's polling thread failed")
+
+    def _hear(self, batch: list[tuple[Link, News]]) -> None:
+        """On the loop. What an earlier life's link still had to say is dropped."""
+        current = [(link, news) for link, news in batch if self._links.get(link.peer.name) is link]
+        self.on_news([news for _, news in current])
+        for link, news in current:
+            if isinstance(news, Left) and self._links.get(news.worker) is link:
+                del self._links[news.worker]
+                if news.worker in self._wanted and not self._is_closed:
+                    self._dial_soon(self._wanted[news.worker])
+
+
+def _read(event: Event) -> News | None:
+    peer = event.link.peer
+    if isinstance(event, Opened):
+        return Joined(peer.name, cast(Role, peer.role))
+    if isinstance(event, Closed):
+        return Left(peer.name, event.reason)
+    try:
+        return Told(peer.name, Kind(event.message.kind), unpack(event.message.meta))
+    except ValueError as error:
+        event.link.close(f"{peer.name} sent a message that cannot be read: {error}")  # Closed follows
+        return None
+
+
+def _hang_up(dialing: asyncio.Future[Link]) -> None:
+    if not dialing.cancelled() and dialing.exception() is None:
+        dialing.result().close("no longer wanted")
