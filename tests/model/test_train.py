@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from braid.model.config import ModelConfig
 from braid.model.corpus import TokenStream, encode_files, held_out_windows, is_held_out, read_corpus, training_batch
-from braid.model.train import SIZES, Trainer, TrainSettings, add_arguments, model_dict, run, save
+from braid.model.train import Trainer, add_arguments, run, save
 from braid.model.train_network import Gate, TrainNetwork, padded_slots, sequence_balance_loss
+from braid.model.train_settings import SIZES, TrainSettings, model_dict
 
 SOURCE = '''"""Module {i}."""
 
