@@ -11,12 +11,13 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from ..actors.messages import Kind, pack
 from ..actors.tracing import Tracer
 from ..actors.view import ClusterView
+from ..model.tokenizer import Tokenizer
 from .admission import BUSY_PAUSE_S, Admission, Ticket
 from .flight import Flight, request_span
 from .front_links import FrontLinks, Joined, Left, News, Told
@@ -32,7 +33,7 @@ from .request import (
     Usage,
     check_request,
 )
-from .streams import Decoder, OutputStream, TokenItem
+from .streams import OutputStream, TokenItem
 
 __all__ = [
     "Delta",
@@ -50,14 +51,10 @@ RETRY_AFTER_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class Detokenizer(Protocol):
-    def decoder(self) -> Decoder: ...
-
-
 class FrontEnd:
     """Core of one front end; HTTP and gRPC stand on top. One asyncio loop uses it, one thread polls its links."""
 
-    def __init__(self, settings: FrontEndSettings, tokenizer: Detokenizer, tracer: Tracer | None = None) -> None:
+    def __init__(self, settings: FrontEndSettings, tokenizer: Tokenizer, tracer: Tracer | None = None) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.tracer = tracer or Tracer()
@@ -80,7 +77,7 @@ class FrontEnd:
             self._links = FrontLinks(self.settings, self._on_news)
         await self._links.apply(view)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """Deltas until the last, which has the finish reason. Raises RequestRefused, at once or later.
 
         Close the iterator (contextlib.aclosing) to cancel: that frees the sequence's blocks.
@@ -106,10 +103,11 @@ class FrontEnd:
         """A prompt could be computed and gone on with: a worker for each has told its load."""
         return not self._is_closed and self.admission.is_ready
 
-    def watch_ready(self, watcher: Callable[[bool], None]) -> None:
-        """Tells the watcher now, and whenever it changes."""
+    def watch_ready(self, watcher: Callable[[bool], None]) -> Callable[[], None]:
+        """Tells the watcher now, and whenever it changes; returns what ends that."""
         self._ready_watchers.append(watcher)
         watcher(self.ready)
+        return lambda: self._ready_watchers.remove(watcher)
 
     def load(self) -> dict[str, Any]:
         return {

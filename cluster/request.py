@@ -11,6 +11,8 @@ from ..model.sampling_params import SamplingParams
 # invalid: the caller must change it | busy: later, elsewhere | unavailable: a worker died or none is there
 RefusalCode = Literal["invalid", "busy", "unavailable", "deadline", "not_found", "internal"]
 
+Operation = Literal["text_completion", "chat"]
+
 
 class RequestRefused(Exception):
     """Ends a request with an answer, before its first delta or, when a worker dies, in the midst of the stream."""
@@ -32,7 +34,7 @@ class GenerateRequest:
     carrier: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None  # None = the front end's own limit, which also caps it
     request_id: str = ""
-    operation: Literal["text_completion", "chat"] = "text_completion"  # in traces only
+    operation: Operation = "text_completion"  # in traces only
 
 
 @dataclass(frozen=True, slots=True)

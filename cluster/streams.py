@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from ..model.detokenizer import IncrementalDecoder
 from ..model.sampling_params import SamplingParams
 from .request import Delta, TokenLogprob, Usage
 from .stop_strings import StopScanner
 
 Finish = Literal["stop", "length"]
 TokenItem = dict[str, Any]  # actors/messages.py: TokenItem
-
-
-class Decoder(Protocol):
-    """Turns token ids into text one by one, never giving half a character."""
-
-    def push(self, token_id: int) -> str: ...
-
-    def flush(self) -> str: ...
 
 
 def token_logprobs(token_ids: Sequence[int], wire: list[Any] | None) -> tuple[TokenLogprob, ...] | None:
@@ -39,7 +32,7 @@ class OutputStream:
     """Output of one request. `num_tokens` is what has been turned into deltas; `is_done` after the last delta."""
 
     def __init__(
-        self, prompt_ids: tuple[int, ...], params: SamplingParams, stops: tuple[str, ...], decoder: Decoder
+        self, prompt_ids: tuple[int, ...], params: SamplingParams, stops: tuple[str, ...], decoder: IncrementalDecoder
     ) -> None:
         self.prompt_ids = prompt_ids
         self.params = params
