@@ -162,7 +162,7 @@ class RemoteExperts:
         assert link is not None, f"the table chose {self._names[owner]}, which has no link"
         handle.pending[number] = Part(owner, link, slots, time.monotonic() + DISPATCH_DEADLINE_S)
         try:
-            link.send(Kind.DISPATCH, meta, memoryview(pairs).cast("B"), payload)
+            link.send(Kind.DISPATCH, meta, pairs.data.cast("B"), payload)
         except (LinkClosed, LinkFull):
             self._lost(handle, link)
             return
@@ -205,7 +205,7 @@ class RemoteExperts:
         self._table = self._bias.table()
         for number, part in list(handle.pending.items()):
             is_owed = part.owner == owner and (only is None or number == only)
-            if is_owed and handle.pending.pop(number, None):  # a nested loss may have moved it already
+            if is_owed and handle.pending.pop(number, None) is not None:  # a nested loss may have moved it already
                 self.counters.resent += 1
                 self._send(handle, part.slots)
 

@@ -42,7 +42,7 @@ class ExpertHost:
             raise NotResident(f"layer {layer} has no routed experts here")
         local = self._local[layer][part.expert_of_pair]
         if len(local) and int(local.min()) < 0:
-            missing = part.expert_of_pair[local < 0].unique().tolist()
+            missing = sorted(set(part.expert_of_pair[local < 0].tolist()))
             raise NotResident(f"experts {missing} of layer {layer} are not resident here")
         return local
 
@@ -61,4 +61,4 @@ class ExpertHost:
         x = torch.cat([part.x for part, _ in parts])
         row_of_pair = torch.cat([part.row_of_pair + offset for (part, _), offset in zip(parts, offsets, strict=False)])
         rows = grouped_mlp(x, row_of_pair, torch.cat([local for _, local in parts]), held.w13, held.w2)
-        return list(rows.split([len(local) for _, local in parts]))
+        return list(torch.split(rows, [len(local) for _, local in parts]))

@@ -59,8 +59,8 @@ class ExpertWorker:
         experts = self.settings.expert_ids or tuple(range(config.n_routed_experts))
         dtype = resolve_dtype(self.settings.dtype, config)
         memory_checked(config, dtype, "expert", experts)
-        with Checkpoint(self.settings.model_path) as checkpoint, torch.inference_mode():
-            checkpoint.check(config)
+        checkpoint = Checkpoint(self.settings.model_path)
+        with torch.inference_mode():
             layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
             weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress)
         self.host = ExpertHost(weights, config.n_routed_experts)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..model.kv_cache import BLOCK_SIZE, LatentCache
 from ..model.sampling_params import SamplingParams
-from .links import Link, LinkClosed, LinkFull
-from .messages import KV_LAYER, Kind, Message, pack, unpack
+from .links import Link, LinkClosed, LinkFull, Message
+from .messages import KV_LAYER, Kind, pack, unpack
 from .scheduler import Chunk
 from .sequence import Sequence
 from .wire import bytes_of, rows_from

@@ -21,7 +21,7 @@ from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, p
 from .reactor import Closed, Event, Opened, Received
 from .scheduler import Scheduler
 from .sequence import Sequence
-from .tracing import Tracer
+from .tracing import Attributes, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Requests:
         elif isinstance(event, Opened) and event.link.peer.role == "front":
             self._send(event.link, Kind.LOAD, pack({"load": self.describe_load()}))
         elif isinstance(event, Received):
-            handler = self._handlers.get(Kind(event.message.kind))
+            handler = self._handlers.get(event.message.kind)
             if handler:
                 handler(self, event)
 
@@ -151,7 +151,7 @@ class Requests:
         if sequence is not None:
             self.fail(sequence, "busy", f"decode worker {event.link.peer.name} refused: {body['reason']}")
 
-    _handlers: dict[Kind, Callable[[Requests, Received], None]] = {  # noqa: RUF012 - a constant table
+    _handlers: dict[int, Callable[[Requests, Received], None]] = {  # noqa: RUF012 - a constant table
         Kind.SUBMIT: _on_submit,
         Kind.CANCEL: _on_cancel,
         Kind.KV_OPEN: _on_kv_open,
@@ -206,7 +206,7 @@ class Requests:
             return
         self._emit(sequence, self.item(sequence, [token]))
         self._trace_prefill(sequence)
-        attributes = {"braid.kv.bytes": sequence.kv_bytes, "braid.to": sequence.target}
+        attributes: Attributes = {"braid.kv.bytes": sequence.kv_bytes, "braid.to": sequence.target}
         self.tracer.record("kv_transfer", sequence.carrier, sequence.kv_started_ns, time.time_ns(), attributes)
         self.counters["kv_bytes_out"] += sequence.kv_bytes
         self._forget(sequence)
@@ -220,7 +220,7 @@ class Requests:
         self._emit(sequence, item)
         self.counters["finished"] += 1
         if sequence.state == "decode":
-            attributes = {"braid.worker": self.name, "gen_ai.usage.output_tokens": sequence.num_generated}
+            attributes: Attributes = {"braid.worker": self.name, "gen_ai.usage.output_tokens": sequence.num_generated}
             self.tracer.record("decode", sequence.carrier, sequence.started_ns, time.time_ns(), attributes)
         else:
             self._trace_prefill(sequence)
@@ -295,7 +295,7 @@ class Requests:
         return True
 
     def _trace_prefill(self, sequence: Sequence) -> None:
-        attributes = {"braid.worker": self.name, "gen_ai.usage.input_tokens": sequence.num_prompt}
+        attributes: Attributes = {"braid.worker": self.name, "gen_ai.usage.input_tokens": sequence.num_prompt}
         self.tracer.record("prefill", sequence.carrier, sequence.started_ns, time.time_ns(), attributes)
 
 

@@ -11,7 +11,7 @@ DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor; the view keeps the tensor alive."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def rows_from(payload: memoryview, dtype: torch.dtype, width: int) -> Tensor:

@@ -140,7 +140,7 @@ class WireFront:
         """Every worker still linked says that all its blocks are free and nothing runs."""
 
         def is_idle(load: dict[str, Any]) -> bool:
-            return load["free_blocks"] == load["total_blocks"] and load["sequences"] == 0
+            return bool(load["free_blocks"] == load["total_blocks"] and load["sequences"] == 0)
 
         self.wait(lambda: all(is_idle(self.loads[n]) for n in self.links if n in self.loads), "free blocks")
 

@@ -24,7 +24,8 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, config = make_hf_model("v3_groups", seed=11)
-    return save_checkpoint(model, config, tmp_path_factory.mktemp("checkpoint"))
+    path: Path = save_checkpoint(model, config, tmp_path_factory.mktemp("checkpoint"))
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ LONG = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, config = make_hf_model("v3_groups", seed=11)
-    return save_checkpoint(model, config, tmp_path_factory.mktemp("checkpoint"))
+    path: Path = save_checkpoint(model, config, tmp_path_factory.mktemp("checkpoint"))
+    return path
 
 
 def started(cluster: ProcessCluster, name: str, **where: str) -> None:
