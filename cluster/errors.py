@@ -5,6 +5,7 @@ BraidError
 ├── ClusterExists       a cluster of this name is up: take another name, or `braid down` it first
 ├── ClusterNotFound     no cluster of this name was started here: see `braid status`
 ├── StartFailed         the cluster could not start and everything was taken down again: read the reason
+├── WorkerDied          a worker's process is gone: the controller takes it out of the next view
 ├── PlacementFailed     Ray has no room for a pool: the message says what is asked for and what there is
 └── IllegalTransition   a defect in Braid: report it with the story in the message
 """
@@ -29,6 +30,10 @@ class ClusterNotFound(BraidError):
 
 
 class StartFailed(BraidError):
+    pass
+
+
+class WorkerDied(BraidError):
     pass
 
 

@@ -91,6 +91,14 @@ class FrontFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Defect:
+    """The controller itself failed at something."""
+
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     at: float
 
@@ -117,6 +125,7 @@ Event = (
     | Broke
     | FrontReady
     | FrontFailed
+    | Defect
     | Tick
     | Stop
     | TornDown

@@ -1,0 +1,216 @@
+"""The one file that says ray.remote: turns plain classes into actors and finds them places."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..actors.settings import WorkerSettings
+from ..actors.view import ClusterView, WorkerInfo
+from .controller import Controller
+from .controller_settings import ControllerSettings, namespace_of
+from .errors import ClusterNotFound, PlacementFailed, StartFailed, WorkerDied
+from .events import FrontName
+from .plan import Node, PoolPlan, WorkerPlan, explain_refusal
+from .worker_process import WorkerProcess
+
+T = TypeVar("T")
+CONTROLLER = "controller"
+GRPC_FRONT = "grpc-front"
+LOOPBACK = "127.0.0.1"
+ON_HEAD = {"node:__internal_head__": 0.001}  # beside Serve's proxy: one host answers HTTP, gRPC and `status`
+
+
+def start_controller(settings: ControllerSettings) -> Any:
+    """The controller's actor handle; detached on an existing Ray, so that it outlives whoever started it."""
+    actor = ray.remote(Controller).options(
+        name=CONTROLLER,
+        namespace=settings.namespace,
+        lifetime=_lifetime(settings),
+        num_cpus=0,
+        resources=ON_HEAD,
+        max_restarts=0,
+    )
+    try:
+        return actor.remote(settings, RayLauncher(settings))
+    except ValueError as error:  # the name is taken
+        raise StartFailed(f"a cluster {settings.spec.name!r} is already up on this Ray: {error}") from None
+
+
+def find_controller(name: str) -> Any:
+    """Raises ClusterNotFound."""
+    try:
+        return ray.get_actor(CONTROLLER, namespace=namespace_of(name))
+    except ValueError:
+        raise ClusterNotFound(f"no cluster {name!r} is up on this Ray; start one with `braid up --address`") from None
+
+
+class ViewFeed:
+    """Asks the controller for views by its name, so that it can be handed to any process of the cluster."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._controller: Any = None
+
+    async def __call__(self, known_epoch: int) -> ClusterView | None:
+        if self._controller is None:
+            self._controller = find_controller(self.name)
+        view: ClusterView | None = await self._controller.view.remote(known_epoch)
+        return view
+
+
+class RayWorker:
+    """A worker's actor, with Ray's exceptions turned into ours and the worker's own."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def prepare(self) -> WorkerInfo:
+        return await _unwrapped(self._actor.prepare.remote())
+
+    async def progress(self) -> dict[str, Any]:
+        return await _unwrapped(self._actor.progress.remote())
+
+    async def apply(self, view: ClusterView) -> None:
+        await _unwrapped(self._actor.apply.remote(view))
+
+    async def status(self) -> dict[str, Any]:
+        return await _unwrapped(self._actor.status.remote())
+
+    async def stop(self) -> None:
+        await _unwrapped(self._actor.stop.remote())
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+
+class RayLauncher:
+    """Places, workers and front ends on Ray. Lives inside the controller's process."""
+
+    def __init__(self, settings: ControllerSettings) -> None:
+        self.settings = settings
+        self._groups: dict[str, PlacementGroup] = {}
+        self._grpc: Any = None
+
+    async def place(self, pool: PoolPlan, timeout_s: float) -> tuple[Node, ...]:
+        labels = [dict(pool.labels)] * len(pool.workers) if pool.labels else None
+        group = placement_group(
+            [{"CPU": pool.cpus} for _ in pool.workers],
+            strategy=pool.strategy,
+            name=f"{self.settings.namespace}-{pool.name}",
+            lifetime=_lifetime(self.settings),
+            bundle_label_selector=labels,
+        )
+        self._groups[pool.name] = group
+        nodes = _nodes(self.settings.is_local)
+        # Ray waits for ever for a place that cannot be; nodes of our own do not become more
+        patience_s = min(timeout_s, 15.0) if self.settings.is_local else timeout_s
+        if not await asyncio.to_thread(group.wait, patience_s):
+            known = list(_nodes(self.settings.is_local).values())
+            raise PlacementFailed(f"no place within {patience_s:g} s for {explain_refusal(pool, known)}")
+        where = placement_group_table(group)["bundles_to_node_id"]
+        nodes = _nodes(self.settings.is_local)
+        return tuple(nodes[where[plan.bundle]] for plan in pool.workers)
+
+    def start_worker(self, plan: WorkerPlan, settings: WorkerSettings) -> RayWorker:
+        group = self._groups[plan.pool]
+        actor = ray.remote(WorkerProcess).options(
+            name=plan.name,
+            namespace=self.settings.namespace,
+            lifetime=_lifetime(self.settings),
+            num_cpus=group.bundle_specs[plan.bundle]["CPU"],
+            max_concurrency=4,  # progress and status answer while prepare runs
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=plan.bundle),
+        )
+        return RayWorker(actor.remote(settings))
+
+    async def start_front(self, front: FrontName, settings: ControllerSettings) -> None:
+        if front == "grpc":
+            await self._start_grpc(settings)
+        elif settings.with_http:
+            from .http_serve import deploy
+
+            await asyncio.to_thread(deploy, settings, ViewFeed(settings.spec.name))
+
+    async def check_front(self, front: FrontName, settings: ControllerSettings) -> dict[str, Any]:
+        from .front_check import check_grpc, check_http
+
+        if front == "http":
+            return await asyncio.to_thread(check_http, settings)
+        return await check_grpc(self._grpc, settings)
+
+    async def stop_fronts(self, settings: ControllerSettings) -> None:
+        if self._grpc is not None:
+            await asyncio.wait_for(_unwrapped(self._grpc.stop.remote()), 5.0)
+            ray.kill(self._grpc, no_restart=True)
+        if settings.with_http:
+            from .http_serve import remove
+
+            await asyncio.wait_for(asyncio.to_thread(remove, settings), 10.0)
+
+    async def tear_down(self, settings: ControllerSettings) -> None:
+        for group in self._groups.values():
+            remove_placement_group(group)
+
+    def leave(self) -> None:
+        """Ends the controller's own process, which on an existing Ray nobody else would."""
+        if not self.settings.is_local:
+            ray.kill(find_controller(self.settings.spec.name), no_restart=True)
+
+    async def _start_grpc(self, settings: ControllerSettings) -> None:
+        from .front_actor import FrontActor
+
+        actor = ray.remote(FrontActor).options(
+            name=GRPC_FRONT,
+            namespace=settings.namespace,
+            lifetime=_lifetime(settings),
+            num_cpus=0,
+            resources=ON_HEAD,
+            max_restarts=0,
+        )
+        self._grpc = actor.remote(settings, ViewFeed(settings.spec.name))
+        await _unwrapped(self._grpc.start.remote())
+
+
+async def _unwrapped(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except RayActorError as error:
+        raise WorkerDied(_why_it_died(error)) from None
+
+
+def _why_it_died(error: RayActorError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [
+        line
+        for line in lines
+        if not line.startswith(("class_name:", "actor_id:", "pid:", "namespace:", "ip:", "name:"))
+    ]
+    return f"its process died: {' '.join(told)[:400]}"
+
+
+def _lifetime(settings: ControllerSettings) -> str | None:
+    return None if settings.is_local else "detached"
+
+
+def _nodes(is_local: bool) -> dict[str, Node]:
+    """The live nodes by Ray's id. On a Ray of our own the CPUs are made up, and everything stays on this host."""
+    found = {}
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"]:
+            cpus = node["Resources"].get("CPU", 0.0)
+            cores = len(os.sched_getaffinity(0)) if is_local else max(1, int(cpus))
+            address = LOOPBACK if is_local else node["NodeManagerAddress"]
+            labels = {key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/node-id")}
+            found[node["NodeID"]] = Node(node["NodeName"], address, cores, cpus, labels)
+    return found

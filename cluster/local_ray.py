@@ -1,0 +1,54 @@
+"""A Ray of our own: started inside the supervisor, in the run folder, with its own token; gone when we go."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+from pathlib import Path
+
+from .spec import ClusterSpec
+
+OBJECT_STORE_BYTES = 200 << 20  # no tensors travel through Ray: only views and settings
+SPARE_CPUS = 2.0  # what front ends ask for
+
+
+def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
+    """Starts Ray with as many logical CPUs as the spec's workers ask for, however few cores there are."""
+    token = run_dir / "ray-token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    # Ray reads these when it is imported; its processes inherit them.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0")
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=math.ceil(cpus_wanted(spec) + SPARE_CPUS),
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=str(run_dir / "ray"),
+    )
+
+
+def connect(address: str) -> None:
+    """Joins an existing Ray as one more driver. Raises ConnectionError when there is none."""
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def stop_ray() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def cpus_wanted(spec: ClusterSpec) -> float:
+    pools = (spec.prefill, spec.decode, spec.experts)
+    return sum(pool.workers * pool.cpus for pool in pools)

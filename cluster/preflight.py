@@ -1,0 +1,131 @@
+"""What `braid up` checks before it starts anything: model, memory, ports, secrets. Every failure is one clear line."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import socket
+from pathlib import Path
+
+import psutil
+
+from ..model.config import ModelConfig
+from .controller_settings import ModelFacts
+from .errors import SpecError
+from .plan import plan_pools
+from .spec import BUNDLED, ClusterSpec
+
+
+def model_path(spec: ClusterSpec) -> Path:
+    if spec.model.path == BUNDLED:
+        return Path(__file__).resolve().parent.parent / "model" / "bundled"
+    return Path(spec.model.path).expanduser().resolve()
+
+
+def model_facts(spec: ClusterSpec) -> ModelFacts:
+    """Reads config.json only. Raises SpecError for a model that cannot be served as the spec says."""
+    path = model_path(spec)
+    if not path.is_dir():
+        raise SpecError(f"model.path: {path} is not a directory with a checkpoint")
+    config = ModelConfig.from_path(path)
+    longest = min(spec.engine.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+    facts = ModelFacts(
+        path=str(path),
+        num_experts=config.n_routed_experts or 0,
+        moe_layers=tuple(layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)),
+        vocab_size=config.vocab_size,
+        max_model_len=longest,
+        architecture=(config.architectures or (config.model_type,))[0],
+        created=int((path / "config.json").stat().st_mtime),
+        notices=(),
+    )
+    plan_pools(spec, facts.num_experts)
+    return facts
+
+
+def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
+    """Every tensor's name, shape and type, and the memory that all local workers will want. Imports torch."""
+    from ..actors.loading import resolve_dtype
+    from ..model.checkpoint import Checkpoint
+    from ..model.inventory import bytes_for_role, check_memory
+
+    config = ModelConfig.from_path(facts.path)
+    with Checkpoint(facts.path) as checkpoint:
+        checkpoint.check(config)
+    dtype = resolve_dtype(spec.model.dtype, config)
+    every = range(facts.num_experts)
+    num_attention = spec.prefill.workers + spec.decode.workers
+    needed = num_attention * bytes_for_role(config, dtype, "attention", every if spec.experts.colocated else ())
+    for pool in plan_pools(spec, facts.num_experts):
+        for plan in pool.workers:
+            if plan.expert_ids is not None:
+                needed += bytes_for_role(config, dtype, "expert", plan.expert_ids)
+    check_memory(needed, psutil.virtual_memory().available)
+
+
+def check_ports(spec: ClusterSpec) -> None:
+    front = spec.front_end
+    for name in ("http_port", "grpc_port"):
+        _check_port(name, front.host, getattr(front, name))
+
+
+def read_secret(spec: ClusterSpec) -> bytes:
+    """The cluster's secret for link handshakes: from the file, or drawn anew."""
+    if spec.security.secret_file is None:
+        return secrets.token_bytes(32)
+    secret = _read("security.secret_file", spec.security.secret_file).strip()
+    if len(secret) < 16:
+        raise SpecError(
+            f"security.secret_file: {spec.security.secret_file} holds {len(secret)} bytes, at least 16 needed"
+        )
+    return secret
+
+
+def read_api_keys(spec: ClusterSpec) -> tuple[str, ...]:
+    """One key a line; blank lines and lines that begin with # are no keys."""
+    if spec.security.api_key_file is None:
+        return ()
+    lines = _read("security.api_key_file", spec.security.api_key_file).decode("utf-8", "replace").splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise SpecError(
+            f"security.api_key_file: {spec.security.api_key_file} holds no key, so nobody could ask anything"
+        )
+    return keys
+
+
+def _check_port(name: str, host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+            trial.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise SpecError(
+                    f"front_end.{name}: port {port} on {host} is in use{_user_of(port)}; choose another port"
+                ) from None
+            raise SpecError(f"front_end.{name}: cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def _user_of(port: int) -> str:
+    try:
+        for connection in psutil.net_connections(kind="tcp"):
+            if (
+                connection.status == psutil.CONN_LISTEN
+                and connection.laddr
+                and connection.laddr.port == port
+                and connection.pid
+            ):
+                return f" by pid {connection.pid} ({psutil.Process(connection.pid).name()})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def _read(name: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SpecError(f"{name}: cannot read {path}: {error.strerror}") from None

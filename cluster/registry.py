@@ -1,0 +1,155 @@
+"""Where clusters started on this machine are recorded: one folder per name in the user's cache directory.
+
+A record names the supervisor by pid *and* start time, and the session its processes share, so that nothing is ever
+mistaken for ours because a number was used again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import ClusterExists, ClusterNotFound
+from .processes import Process, end_processes, is_alive, members
+
+RECORD = "record.json"
+# Ray appends about 69 characters to its folder (session_<date>_<time>_<pid>/sockets/plasma_store); AF_UNIX takes 107.
+LONGEST_RUN_DIR = 36
+KEPT_LOGS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """`run_dir` holds sockets, Ray's session and logs; `supervisor` is None until it was spawned."""
+
+    name: str
+    run_dir: str
+    host: str
+    http_port: int
+    grpc_port: int
+    model: str
+    ray_address: str | None
+    owner: Process
+    supervisor: Process | None = None
+
+    @property
+    def log_file(self) -> Path:
+        return Path(self.run_dir) / "up.log"
+
+    @property
+    def control_path(self) -> Path:
+        return Path(self.run_dir) / "control"
+
+    def is_alive(self) -> bool:
+        return is_alive(self.supervisor or self.owner)
+
+    def processes(self) -> list[Process]:
+        """The supervisor's session: it cannot be left by accident, and its number stays taken while a member lives."""
+        return members(self.supervisor) if self.supervisor else []
+
+
+def default_root() -> Path:
+    return Path.home() / ".cache" / "braid"
+
+
+class Registry:
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or default_root()
+
+    def claim(self, record: Record) -> Record:
+        """Takes the name and makes the run folder; sweeps up after a cluster that died without a word."""
+        with self._locked():
+            before = self.find(record.name)
+            if before is not None and before.is_alive():
+                pid = (before.supervisor or before.owner).pid
+                raise ClusterExists(
+                    f"cluster {record.name!r} is already up (pid {pid}, HTTP {before.host}:{before.http_port}): "
+                    f"take another --name, or `braid down --name {record.name}` first"
+                )
+            self._sweep(record.name, before)
+            folder = self.root / record.name
+            folder.mkdir(mode=0o700, parents=True)
+            claimed = replace(record, run_dir=str(_run_dir(folder)))
+            self.write(claimed)
+            return claimed
+
+    def write(self, record: Record) -> None:
+        write_json(self.root / record.name / RECORD, asdict(record))
+
+    def find(self, name: str) -> Record | None:
+        try:
+            data = json.loads((self.root / name / RECORD).read_text())
+        except (OSError, ValueError):
+            return None
+        supervisor = data.pop("supervisor")
+        return Record(
+            **data | {"owner": Process(**data["owner"])}, supervisor=Process(**supervisor) if supervisor else None
+        )
+
+    def get(self, name: str) -> Record:
+        record = self.find(name)
+        if record is None:
+            known = [record.name for record in self.all()]
+            there = f"up here: {', '.join(known)}" if known else "none is up here"
+            raise ClusterNotFound(
+                f"no cluster {name!r} was started on this machine ({there}); start one with `braid up`"
+            )
+        return record
+
+    def all(self) -> list[Record]:
+        names = sorted(path.parent.name for path in self.root.glob(f"*/{RECORD}"))
+        return [record for name in names if (record := self.find(name)) is not None]
+
+    def remove(self, record: Record) -> None:
+        """Idempotent: takes the run folder, wherever it stands, and the name."""
+        shutil.rmtree(record.run_dir, ignore_errors=True)
+        shutil.rmtree(self.root / record.name, ignore_errors=True)
+
+    def keep_logs(self, record: Record) -> Path:
+        """Saves what explains a failure before the run folder goes; the newest few are kept."""
+        kept = self.root / "logs" / f"{record.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in [record.log_file, *Path(record.run_dir).glob("ray/session_2*/logs")]:
+            if path.is_dir():
+                shutil.copytree(path, kept / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+            elif path.exists():
+                shutil.copy2(path, kept)
+        for old in sorted(kept.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT_LOGS]:
+            shutil.rmtree(old, ignore_errors=True)
+        return kept
+
+    def _sweep(self, name: str, record: Record | None) -> None:
+        if record is not None:
+            end_processes(record.processes(), grace_s=0.0)
+            self.remove(record)
+        shutil.rmtree(self.root / name, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole or not at all: readers never see half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data))
+    temporary.replace(path)
+
+
+def _run_dir(folder: Path) -> Path:
+    """The claimed folder itself, or a short one in the system's temp folder when socket paths would grow too long."""
+    if len(str(folder)) <= LONGEST_RUN_DIR:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="braid-"))
