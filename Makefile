@@ -2,7 +2,7 @@
 #   make demo    install, start a local cluster on the bundled model, stream two prompts, shut down
 #   make test    install, then lint, types and all tests
 #   make lint    ruff and mypy alone
-#   make proto   generate the gRPC stubs from cluster/braid.proto again
+#   make proto   generate the gRPC stubs from cluster/braid_v1.proto again
 #   make clean   remove .venv, build output and caches
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy .
 
 proto: $(VENV)/.installed-dev
-	$(BIN)/python -m grpc_tools.protoc --proto_path=cluster --python_out=cluster --grpc_python_out=cluster cluster/braid.proto
+	$(BIN)/python tests/cluster/make_stubs.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
