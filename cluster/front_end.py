@@ -232,8 +232,8 @@ class FrontEnd:
         flight.outbox.extend(deltas)
         flight.wake.set()
         if flight.stream.is_done:
-            if item["finish"] is None:
-                self._cancel(flight)  # a stop string: the worker does not know
+            if flight.stream.is_cut:
+                self._cancel(flight)
             self._end(flight, deltas[-1].finish_reason or "stop")
 
     def _on_error(self, flight: Flight, worker: str, error: dict[str, str]) -> None:

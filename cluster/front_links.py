@@ -62,7 +62,8 @@ class FrontLinks:
         self._wanted: dict[str, WorkerInfo] = {}
         self._dialing: dict[str, asyncio.Task[None]] = {}
         self._view: ClusterView | None = None
-        self._is_closed = False
+        self._is_closed = False  # no more dialing and polling
+        self._is_open = True  # the reactor's fds
         self._thread = threading.Thread(target=self._poll, name=f"links-{settings.name}", daemon=True)
         self._thread.start()
 
@@ -97,8 +98,11 @@ class FrontLinks:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._reactor.wake()
-        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+        if self._is_open:
+            self._is_open = False
+            self._reactor.wake()
+            await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+            self._reactor.close()
 
     # ---- dialing
 
@@ -175,13 +179,12 @@ class FrontLinks:
         except Exception:
             if not self._loop.is_closed():
                 log.exception("%s lost all its links: its polling thread failed", self.settings.name)
-                self._loop.call_soon_threadsafe(self._lose_all)
-        finally:
-            self._reactor.close()
+                self._loop.call_soon_threadsafe(self._lose_all)  # nobody would hear their replies any more
 
     def _lose_all(self) -> None:
         self._is_closed = True
-        for name in list(self._links):
+        for name, link in list(self._links.items()):
+            link.close("the front end's polling thread failed")
             self._lose(name, "the front end's polling thread failed")
 
     def _hear(self, batch: list[tuple[Link, News]]) -> None:

@@ -41,6 +41,7 @@ class OutputStream:
         self.num_tokens = 0
         self.num_cached = 0
         self.is_done = False
+        self.is_cut = False  # by a stop string, which its worker does not know of
         self.early: dict[int, TokenItem] = {}  # by index: items that overtook an earlier one
 
     def push(self, item: TokenItem) -> Iterator[Delta]:
@@ -58,6 +59,7 @@ class OutputStream:
         self.num_tokens += used
         finish: Finish | None = "stop" if stop is not None else item["finish"]
         self.is_done = finish is not None
+        self.is_cut = self.is_done and item["finish"] is None
         logprobs = item.get("logprobs")
         return Delta(
             text,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 def cut(text: str, cuts: list[int]) -> list[str]:
     places = sorted({min(c, len(text)) for c in cuts} | {0, len(text)})
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(places)]
 
 
 def scan(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import pytest
+from scripted_worker import SECRET, ScriptedWorker, run, until, view_of
+
+from braid.actors.messages import Kind
+from braid.actors.reactor import Event
+from braid.cluster.front_links import FrontLinks, Joined, Left, News, Told
+from braid.cluster.request import FrontEndSettings
+
+SETTINGS = FrontEndSettings("front-0", SECRET, "tiny", vocab_size=257, max_model_len=64, link_timeout_s=2.0)
+
+
+class Ear:
+    """Notes what a front end hears."""
+
+    def __init__(self) -> None:
+        self.news: list[News] = []
+
+    def hear(self, batch: list[News]) -> None:
+        self.news += batch
+
+    def loads(self) -> list[int]:
+        return [news.body["load"]["free_blocks"] for news in self.news if isinstance(news, Told)]
+
+
+def test_links_once_and_tells_in_order(run_dir: Path) -> None:
+    async def scenario() -> None:
+        worker, ear = ScriptedWorker(run_dir, "both-0", free_blocks=1), Ear()
+        links = FrontLinks(SETTINGS, ear.hear)
+        await links.apply(view_of(worker))
+        await links.apply(view_of(worker, epoch=2))
+        worker.tell_load(free_blocks=2)
+        await until(lambda: ear.loads() == [1, 2], "two loads")
+        assert ear.news[0] == Joined("both-0", "both")
+        assert len(ear.news) == 3
+        await links.close()
+        worker.die()
+
+    run(scenario())
+
+
+def test_a_worker_that_comes_late_is_dialled_again(run_dir: Path) -> None:
+    async def scenario() -> None:
+        early, ear = ScriptedWorker(run_dir, "both-0"), Ear()
+        early.die()
+        links = FrontLinks(SETTINGS, ear.hear)
+        await links.apply(view_of(early))  # returns after one attempt
+        assert ear.news == []
+        late = ScriptedWorker(run_dir, "both-0")
+        await until(lambda: len(ear.news) == 2, "the worker")
+        await links.close()
+        late.die()
+
+    run(scenario())
+
+
+def test_the_next_life_replaces_the_last(run_dir: Path) -> None:
+    async def scenario() -> None:
+        first, second, ear = ScriptedWorker(run_dir, "w"), ScriptedWorker(run_dir, "w", incarnation=2), Ear()
+        links = FrontLinks(SETTINGS, ear.hear)
+        await links.apply(view_of(first))
+        await until(lambda: len(ear.news) == 2, "the first life")
+        await links.apply(view_of(second, epoch=2))
+        await until(lambda: len(ear.news) == 5, "the second life")
+        assert ear.news[2:4] == [Left("w", "w left the cluster"), Joined("w", "both")]
+        first.tell_load(free_blocks=1)
+        await links.apply(view_of(first, epoch=1))  # old news
+        second.tell_load(free_blocks=2)
+        await until(lambda: ear.loads()[-1] == 2, "the second life's load")
+        assert 1 not in ear.loads()
+        await links.close()
+        first.die()
+        second.die()
+
+    run(scenario())
+
+
+def test_an_impostor_is_not_linked(run_dir: Path) -> None:
+    async def scenario() -> None:
+        worker, ear = ScriptedWorker(run_dir, "w"), Ear()
+        guess = dataclasses.replace(SETTINGS, secret=b"not the secret of this cluster..")
+        stranger = FrontLinks(guess, ear.hear)
+        await stranger.apply(view_of(worker))
+        other_life = dataclasses.replace(worker.info, incarnation=9)
+        links = FrontLinks(SETTINGS, ear.hear)
+        await links.apply(dataclasses.replace(view_of(worker), workers=(other_life,)))
+        assert links.send("w", Kind.CANCEL, b"") == "no link to w"
+        assert ear.news == []
+        await stranger.close()
+        await links.close()
+        worker.die()
+
+    run(scenario())
+
+
+def test_closing_while_dialling_leaves_nothing_behind(run_dir: Path) -> None:
+    async def scenario() -> None:
+        worker, ear = ScriptedWorker(run_dir, "w"), Ear()
+        links = FrontLinks(SETTINGS, ear.hear)
+        applying = asyncio.create_task(links.apply(view_of(worker)))
+        await asyncio.sleep(0)
+        await links.close()
+        await applying
+        assert ear.news == []
+        worker.die()
+
+    run(scenario())
+
+
+def test_a_failure_of_the_polling_thread_loses_every_link_aloud(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(timeout_s: float | None) -> list[Event]:
+        raise OSError("out of luck")
+
+    async def scenario() -> None:
+        worker, ear = ScriptedWorker(run_dir, "w"), Ear()
+        links = FrontLinks(SETTINGS, ear.hear)
+        await links.apply(view_of(worker))
+        await until(lambda: len(ear.news) == 2, "the worker")
+        monkeypatch.setattr(links._reactor, "poll", fail)
+        links._reactor.wake()
+        await until(lambda: len(ear.news) == 3, "the loss")
+        assert ear.news[-1] == Left("w", "the front end's polling thread failed")
+        await links.close()
+        worker.die()
+
+    run(scenario())
