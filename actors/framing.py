@@ -6,6 +6,7 @@ matrix product gives may depend on the alignment of its operands, and torch's ow
 
 import struct
 from collections.abc import Sequence
+from ctypes import addressof, c_char
 
 import numpy as np
 
@@ -65,47 +66,63 @@ class FrameReader:
         self._header = memoryview(bytearray(HEADER.size))
         self._target = self._header
         self._filled = 0
-        self._kind = 0
-        self._meta_len = 0
+        self._kind = self._meta_len = self._payload_len = 0
 
     def read(self, pipe: Pipe) -> tuple[int, bytes, memoryview] | None:
         """(kind, meta, payload) once a frame is whole, else None. Raises PeerGone."""
+        if not self._filled and self._target is self._header:
+            buffer, start, end = pipe.window()
+            if end - start < HEADER.size:
+                if start == end:
+                    return None
+            else:
+                self._parse(buffer, start)
+                start += HEADER.size
+                body = _aligned_body(self._meta_len, self._payload_len)
+                if end - start >= len(body):  # nearly always: the whole frame is here
+                    body[:] = buffer[start : start + len(body)]
+                    pipe.consume(HEADER.size + len(body))
+                    return self._kind, bytes(body[: self._meta_len]), body[self._meta_len :]
+                pipe.consume(HEADER.size)
+                self._target = body
+        return self._read_on(pipe)
+
+    def is_mid_frame(self) -> bool:
+        return self._filled > 0 or self._target is not self._header
+
+    def _read_on(self, pipe: Pipe) -> tuple[int, bytes, memoryview] | None:
+        """Goes on with a frame that arrives in parts."""
         if self._target is self._header:
             if not self._fill(pipe):
                 return None
-            self._begin_body()
+            self._filled = 0
+            self._parse(self._header, 0)
+            self._target = _aligned_body(self._meta_len, self._payload_len)
         if not self._fill(pipe):
             return None
         body, meta_len = self._target, self._meta_len
         self._target, self._filled = self._header, 0
         return self._kind, bytes(body[:meta_len]), body[meta_len:]
 
-    def is_mid_frame(self) -> bool:
-        return self._filled > 0 or self._target is not self._header
-
     def _fill(self, pipe: Pipe) -> bool:
         target = self._target
         while self._filled < len(target):
-            num_bytes = pipe.read_into(target[self._filled :] if self._filled else target)
+            num_bytes = pipe.read_into(target[self._filled :])
             if not num_bytes:
                 return False
             self._filled += num_bytes
         return True
 
-    def _begin_body(self) -> None:
-        magic, version, kind, meta_len, payload_len = HEADER.unpack(self._header)
-        self._filled = 0
+    def _parse(self, buffer: memoryview, start: int) -> None:
+        magic, version, self._kind, self._meta_len, self._payload_len = HEADER.unpack_from(buffer, start)
         if magic != MAGIC or version != VERSION:
-            raise PeerGone(f"not a frame of version {VERSION}: it begins with {bytes(self._header[:3]).hex()}")
-        if meta_len + payload_len > MAX_FRAME_BYTES:
-            raise PeerGone(f"a frame announces {meta_len + payload_len} bytes, more than {MAX_FRAME_BYTES}")
-        self._kind, self._meta_len = kind, meta_len
-        self._target = _aligned_body(meta_len, payload_len)
+            raise PeerGone(f"not a frame of version {VERSION}: it begins with {bytes(buffer[start : start + 3]).hex()}")
+        if self._meta_len + self._payload_len > MAX_FRAME_BYTES:
+            raise PeerGone(f"a frame of {self._meta_len + self._payload_len} bytes exceeds {MAX_FRAME_BYTES}")
 
 
 def _aligned_body(meta_len: int, payload_len: int) -> memoryview:
     """One buffer for meta and payload, whose payload is aligned."""
     buffer = np.empty(meta_len + payload_len + ALIGNMENT, np.uint8)  # numpy does not clear it, bytearray would
-    address: int = buffer.__array_interface__["data"][0]
-    start = -(address + meta_len) % ALIGNMENT
+    start = -(addressof(c_char.from_buffer(buffer)) + meta_len) % ALIGNMENT
     return buffer.data[start : start + meta_len + payload_len]

@@ -23,7 +23,7 @@ BACKLOG = 128
 
 
 class Listener:
-    """Listens on a Unix path, on TCP, or both. `on_link` is called from handshake threads: Reactor.add is made for it."""
+    """Listens on a Unix path, on TCP, or both. `on_link` runs in handshake threads: Reactor.add is made for it."""
 
     def __init__(
         self,
@@ -34,9 +34,10 @@ class Listener:
         on_link: Callable[[Link], None],
         max_queued_bytes: int = DEFAULT_MAX_QUEUED_BYTES,
         tcp_port: int = 0,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
         self._hello, self._secret, self._on_link = hello, check_secret(secret), on_link
-        self._max_queued_bytes = max_queued_bytes
+        self._max_queued_bytes, self._handshake_timeout_s = max_queued_bytes, handshake_timeout_s
         self.unix_path = unix_path
         self.tcp_port = 0
         self._sockets: dict[int, socket.socket] = {}
@@ -137,7 +138,7 @@ class Listener:
             link.close("nobody took it")
 
     def _welcome(self, sock: socket.socket) -> Link:
-        deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
+        deadline = time.monotonic() + self._handshake_timeout_s
         theirs = welcome(sock, self._hello, self._secret, deadline)
         if theirs.transport == "shm":
             return Link(theirs.hello, receive_rings(sock, deadline), self._max_queued_bytes)

@@ -27,6 +27,14 @@ class Pipe(Protocol):
         """Takes as many bytes as fit now, in order, without blocking. Raises PeerGone."""
         ...
 
+    def window(self) -> tuple[memoryview, int, int]:
+        """(buffer, start, end) of bytes that have arrived; none means nothing now. Raises PeerGone."""
+        ...
+
+    def consume(self, num_bytes: int) -> None:
+        """Bytes of the window have been copied out."""
+        ...
+
     def read_into(self, target: memoryview) -> int:
         """Copies what is there; 0 means nothing now. Raises PeerGone after the last byte."""
         ...

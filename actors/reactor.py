@@ -45,7 +45,7 @@ class Reactor:
         self._joining: deque[Link] = deque()
         self._fds: dict[Link, list[int]] = {}
         self._links: dict[int, Link] = {}
-        self._unfinished: set[Link] = set()  # links whose turn ended before their bytes did
+        self._unfinished: dict[Link, None] = {}  # links whose turn ended before their bytes did
 
     def add(self, link: Link) -> None:
         """The next poll tells Opened, then what the link receives."""
@@ -62,17 +62,17 @@ class Reactor:
     def poll(self, timeout_s: float | None) -> list[Event]:
         """What happened, waiting for it up to `timeout_s` (None: as long as it takes). May return nothing early."""
         events: list[Event] = []
-        unfinished, self._unfinished = self._unfinished, set()
-        wait_s = 0 if unfinished else timeout_s
-        for fd, mask in self._epoll.poll(-1 if wait_s is None else wait_s, MAX_READY):
+        if self._unfinished:
+            timeout_s = 0
+            unfinished, self._unfinished = self._unfinished, {}
+            for link in unfinished:
+                self._take_turn(link, events)
+        for fd, mask in self._epoll.poll(-1 if timeout_s is None else timeout_s, MAX_READY):
             if fd == self._wake_fd:
                 os.eventfd_read(fd)
             elif fd in self._links:  # else it closed earlier in this turn
                 link = self._links[fd]
                 link.ready(fd, mask)
-                self._take_turn(link, events)
-        for link in unfinished - self._unfinished:
-            if link in self._fds:
                 self._take_turn(link, events)
         while self._joining:
             self._admit(self._joining.popleft(), events)
@@ -110,12 +110,13 @@ class Reactor:
         except PeerGone:
             self._retire(link, events)
             return
-        self._unfinished.add(link)
+        self._unfinished[link] = None
 
     def _retire(self, link: Link, events: list[Event]) -> None:
         for fd in self._fds.pop(link):
             del self._links[fd]
             with suppress(OSError):
                 self._epoll.unregister(fd)
+        self._unfinished.pop(link, None)
         link.release()
         events.append(Closed(link, link.closed or "closed"))

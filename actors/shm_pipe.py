@@ -33,7 +33,8 @@ class Ring:
             raise ValueError(f"a ring of {self.num_bytes} bytes: must be {MIN_RING_BYTES} to {MAX_RING_BYTES}")
         if fcntl.fcntl(memory_fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise ValueError("the memory of a ring must be sealed against shrinking")
-        self._map = mmap.mmap(memory_fd, self.num_bytes)
+        # Populated now: on a virtual machine the first touch of a page costs tens of microseconds.
+        self._map = mmap.mmap(memory_fd, self.num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.view = memoryview(self._map)
 
     @classmethod
@@ -61,6 +62,7 @@ class ShmPipe:
         self._socket = sock
         self._out, self._in = outgoing, incoming
         self._write_at, self._room = 0, outgoing.num_bytes
+        self._unannounced = 0  # written, not yet told to the peer
         self._read_at, self._available = 0, 0
         self._taken = 0  # read but not yet given back
         self._give_back_at = incoming.num_bytes // 4
@@ -79,8 +81,10 @@ class ShmPipe:
             return
         if fd != self._in.data_fd:
             self._ending = self._last_words()
-        with suppress(BlockingIOError):
+        try:
             self._available += os.eventfd_read(self._in.data_fd)
+        except BlockingIOError:
+            return
         if self._available > self._in.num_bytes:
             self._available, self._ending = 0, "it announced more bytes than its ring holds"
 
@@ -92,50 +96,74 @@ class ShmPipe:
         return "it spoke on the socket of a shared-memory link" if words else "its end of the link closed"
 
     def write(self, pieces: Sequence[Piece]) -> int:
-        num_bytes = announced = 0
+        written = 0
         for piece in pieces:
-            done = 0
-            while done < len(piece):
-                if not self._room and not self._collect_room():
-                    return self._announce(num_bytes, announced)
-                part = min(len(piece) - done, self._room, ANNOUNCE_BYTES, self._out.num_bytes - self._write_at)
-                end = self._write_at + part
-                self._out.view[self._write_at : end] = piece if part == len(piece) else piece[done : done + part]
-                self._write_at = 0 if end == self._out.num_bytes else end
-                self._room -= part
-                done += part
-                num_bytes += part
-                if num_bytes - announced >= ANNOUNCE_BYTES:
-                    announced = self._announce(num_bytes, announced)
-        return self._announce(num_bytes, announced)
+            end = self._write_at + len(piece)
+            if len(piece) <= self._room and len(piece) <= ANNOUNCE_BYTES and end < self._out.num_bytes:
+                self._out.view[self._write_at : end] = piece
+                self._write_at = end
+                self._room -= len(piece)
+                self._unannounced += len(piece)
+                written += len(piece)
+                continue
+            part = self._write_parts(piece)
+            written += part
+            if part < len(piece):
+                break
+        self._announce()
+        return written
 
-    def _announce(self, num_bytes: int, announced: int) -> int:
-        if num_bytes > announced:
-            os.eventfd_write(self._out.data_fd, num_bytes - announced)
-        return num_bytes
+    def _write_parts(self, piece: Piece) -> int:
+        """For a piece that is large, meets the end of the ring or finds too little room."""
+        done = 0
+        while done < len(piece) and (self._room or self._collect_room()):
+            part = min(len(piece) - done, self._room, ANNOUNCE_BYTES, self._out.num_bytes - self._write_at)
+            end = self._write_at + part
+            self._out.view[self._write_at : end] = piece[done : done + part]
+            self._write_at = 0 if end == self._out.num_bytes else end
+            self._room -= part
+            done += part
+            self._unannounced += part
+            if self._unannounced >= ANNOUNCE_BYTES:
+                self._announce()
+        return done
+
+    def _announce(self) -> None:
+        if self._unannounced:
+            os.eventfd_write(self._out.data_fd, self._unannounced)
+            self._unannounced = 0
 
     def _collect_room(self) -> bool:
-        with suppress(BlockingIOError):
+        try:
             self._room += os.eventfd_read(self._out.room_fd)
+        except BlockingIOError:
+            return False
         if self._room > self._out.num_bytes:
             raise PeerGone("it gave back more bytes than its ring holds")
-        return self._room > 0
+        return True
 
-    def read_into(self, target: memoryview) -> int:
-        part = min(len(target), self._available, self._in.num_bytes - self._read_at)
-        if not part:
-            if self._ending is not None and not self._available:
-                raise PeerGone(self._ending)
-            return 0
-        end = self._read_at + part
-        target[:part] = self._in.view[self._read_at : end]
-        self._read_at = 0 if end == self._in.num_bytes else end
-        self._available -= part
-        self._taken += part
+    def window(self) -> tuple[memoryview, int, int]:
+        if not self._available and self._ending is not None:
+            raise PeerGone(self._ending)
+        start = self._read_at
+        return self._in.view, start, min(start + self._available, self._in.num_bytes)
+
+    def consume(self, num_bytes: int) -> None:
+        self._read_at += num_bytes
+        if self._read_at == self._in.num_bytes:
+            self._read_at = 0
+        self._available -= num_bytes
+        self._taken += num_bytes
         if self._taken >= self._give_back_at:
             os.eventfd_write(self._in.room_fd, self._taken)
             self._taken = 0
-        return part
+
+    def read_into(self, target: memoryview) -> int:
+        view, start, end = self.window()
+        num_bytes = min(len(target), end - start)
+        target[:num_bytes] = view[start : start + num_bytes]
+        self.consume(num_bytes)
+        return num_bytes
 
     def socket_fd(self) -> int:
         return self._socket.fileno()

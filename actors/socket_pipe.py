@@ -48,16 +48,21 @@ class SocketPipe:
         except OSError as error:
             raise PeerGone(f"its socket failed: {error.strerror}") from error
 
-    def read_into(self, target: memoryview) -> int:
-        wanted = len(target)
+    def window(self) -> tuple[memoryview, int, int]:
         if self._start == self._end:
-            if wanted >= STAGING_BYTES:
-                return self._receive(target)
             self._start, self._end = 0, self._receive(self._staging)
-        num_bytes = min(wanted, self._end - self._start)
-        if num_bytes:
-            target[:num_bytes] = self._staging[self._start : self._start + num_bytes]
-            self._start += num_bytes
+        return self._staging, self._start, self._end
+
+    def consume(self, num_bytes: int) -> None:
+        self._start += num_bytes
+
+    def read_into(self, target: memoryview) -> int:
+        if self._start == self._end and len(target) >= STAGING_BYTES:
+            return self._receive(target)
+        staging, start, end = self.window()
+        num_bytes = min(len(target), end - start)
+        target[:num_bytes] = staging[start : start + num_bytes]
+        self._start += num_bytes
         return num_bytes
 
     def _receive(self, target: memoryview) -> int:
