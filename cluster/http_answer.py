@@ -46,7 +46,7 @@ class Exchange:
 
 
 async def merged(front: Front, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """Deltas of all requests as they come, with the index of their request. The first failure ends all; so does closing."""
+    """Deltas of all requests as they come, with the request's index. The first failure ends all; so does closing."""
     arrived: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue(_QUEUE)
     news = asyncio.Event()
     turns = asyncio.Semaphore(MAX_PARALLEL)

@@ -63,8 +63,11 @@ def schema_error(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return ApiError(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    names = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-"))]
+    # pydantic names the branch of a union as if it were a field
+    names = [str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list[")]
     param = ".".join(names) or None
+    if first["type"] == "missing":
+        return ApiError(f"{param} is missing: it must be there", param)
     return ApiError(f"{param or 'the body'} is {reprlib.repr(first['input'])}: {first['msg'].lower()}", param)
 
 

@@ -58,11 +58,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[dict[str, Any], None],
+        headers: dict[str, str],
+        send_timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
         # x-accel-buffering: proxies must not gather events
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -73,11 +79,11 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         async with aclosing(self._chunks), aclosing(self._events()) as events:
             first = await anext(self._chunks)
-            await _send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await _send(send, {"type": "http.response.body", "body": event(first), "more_body": True})
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._send(send, {"type": "http.response.body", "body": event(first), "more_body": True})
             async for body in events:
-                await _send(send, {"type": "http.response.body", "body": body, "more_body": True})
-        await _send(send, {"type": "http.response.body", "body": b""})
+                await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
+        await self._send(send, {"type": "http.response.body", "body": b""})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -90,13 +96,12 @@ class EventStream(Response):
             log.exception("a stream failed")
             yield event(internal_body())
 
-
-async def _send(send: Send, message: dict[str, Any]) -> None:
-    try:
-        async with asyncio.timeout(SEND_TIMEOUT_S):
-            await send(message)
-    except (TimeoutError, OSError) as error:  # OSError: the server's way to say that the connection is closed
-        raise ClientGone from error
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await send(message)
+        except (TimeoutError, OSError) as error:  # OSError: the server's way to say that the connection is closed
+            raise ClientGone from error
 
 
 async def _disconnect(receive: Receive) -> None:
