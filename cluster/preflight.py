@@ -50,8 +50,7 @@ def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
     from ..model.inventory import bytes_for_role, check_memory
 
     config = ModelConfig.from_path(facts.path)
-    with Checkpoint(facts.path) as checkpoint:
-        checkpoint.check(config)
+    Checkpoint(facts.path).check(config)
     dtype = resolve_dtype(spec.model.dtype, config)
     every = range(facts.num_experts)
     num_attention = spec.prefill.workers + spec.decode.workers

@@ -1,10 +1,9 @@
 """Turns 128x128-block fp8 (e4m3) weights into floats and back, a band of rows at a time so that memory stays bounded.
 
-A value is `float32(code) * scale`, rounded once to float32 and once more to the output's dtype: what DeepSeek's own cast
-does. Blocks at the right and bottom edge may be smaller than the block size; they still have a scale of their own.
+A value is `float32(code) * scale`, rounded once to float32 and once more to the output's dtype: what DeepSeek's own
+cast does. Blocks at the right and bottom edge may be smaller than the block size; they still have a scale of their own.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 
 BLOCK = (128, 128)
 E4M3_MAX = 448.0
+# 128 rows of this many columns are worked on at a time: they fit a core's cache, and the heap keeps no large holes.
+TILE_COLUMNS = 2048
 
 ScaleFormat = Literal["float32", "ue8m0"]
 
@@ -28,16 +29,20 @@ def dequantise(weight: Tensor, scale: Tensor, out: Tensor, block: tuple[int, int
     _check_pair(weight, scale, block)
     if out.shape != weight.shape:
         raise ValueError(f"out has shape {list(out.shape)}, the weight {list(weight.shape)}: give them the same shape")
-    for start, band_scale in _bands(scale, weight.shape, block):
-        band = slice(start, start + block[0])
-        out[band].copy_(e4m3_to_float32(weight[band]).mul_(band_scale))
+    wide = scale.to(torch.float32)
+    for index in range(scale.shape[0]):
+        rows = slice(index * block[0], (index + 1) * block[0])
+        row_scale = _spread(wide[index], block[1], weight.shape[1])
+        for start in range(0, weight.shape[1], TILE_COLUMNS):
+            tile = rows, slice(start, start + TILE_COLUMNS)
+            out[tile].copy_(e4m3_to_float32(weight[tile]).mul_(row_scale[tile[1]]))
     return out
 
 
 def quantise(
     weight: Tensor, scale_format: ScaleFormat = "float32", block: tuple[int, int] = BLOCK
 ) -> tuple[Tensor, Tensor]:
-    """weight: float [N, K] -> (e4m3 [N, K], scale float32 [ceil(N/128), ceil(K/128)]); a block's largest value becomes 448."""
+    """weight: float [N, K] -> (e4m3 [N, K], scale float32, one a block). A block's largest value becomes 448."""
     scale = torch.empty(scale_shape(tuple(weight.shape), block), dtype=torch.float32)
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     for index in range(scale.shape[0]):
@@ -51,7 +56,7 @@ def quantise(
 
 
 def e4m3_to_float32(codes: Tensor) -> Tensor:
-    """Exact, and four times faster than the CPU's cast: the bits land in a bfloat16 whose exponent is 120 too small."""
+    """Exact, and much faster than the CPU's cast: the bits land in a bfloat16 whose exponent is 120 too small."""
     signed = codes.view(torch.int8).to(torch.int16)
     magnitude = signed & 0x7F
     bits = (signed & -0x8000) | (magnitude << 4)
@@ -76,12 +81,6 @@ def _block_scales(values: Tensor, scale_format: ScaleFormat, block_columns: int)
         scale = torch.ldexp(torch.ones_like(scale), power)
     # A block of zeros, or one so small that its scale underflows, is stored as it is.
     return torch.where((largest == 0) | (scale == 0), torch.ones_like(scale), scale)
-
-
-def _bands(scale: Tensor, shape: torch.Size, block: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
-    wide = scale.to(torch.float32)
-    for index in range(scale.shape[0]):
-        yield index * block[0], _spread(wide[index], block[1], shape[1])
 
 
 def _spread(band_scale: Tensor, block_columns: int, num_columns: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Opens a Hugging Face checkpoint directory: config, index and shard headers now, tensors when they are asked for."""
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,10 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         return name in self._specs
 
-    def check(self, roles: Collection[Role] = ALL_ROLES) -> None:
+    def check(self, config: ModelConfig, roles: Collection[Role] = ALL_ROLES) -> None:
         """Compares the headers with what the network needs: cheap, and done before a byte of a weight is read."""
-        expected = expected_tensors(self.config, roles)
-        for name in self._left_out():
+        expected = expected_tensors(config, roles)
+        for name in self._left_out(config):
             expected.pop(name, None)
         problems = [problem for name, shape in expected.items() if (problem := self._problem(name, shape))]
         if problems:
@@ -115,7 +116,7 @@ class Checkpoint:
         self._names_read.add(name)
         scale = None
         if scale_spec is not None:
-            row_multiple *= self.block[0]
+            row_multiple = math.lcm(row_multiple, self.block[0])
             self._names_read.add(scale_spec.name)
             scale = map_rows(scale_spec, 0, scale_spec.num_rows).to(torch.float32)
         step = max(1, WINDOW_BYTES // max(1, spec.row_bytes * row_multiple)) * row_multiple
@@ -124,13 +125,13 @@ class Checkpoint:
             rows = None if scale is None else scale[start // self.block[0] : -(-stop // self.block[0])]
             yield Window(start, map_rows(spec, start, stop), rows, self.block)
 
-    def _left_out(self) -> Iterator[str]:
+    def _left_out(self, config: ModelConfig) -> Iterator[str]:
         """An MTP module may be absent as a whole, or lack the copies of the main embedding and head."""
-        copies = mtp_copies(self.config)
-        for layer in mtp_layers(self.config):
+        copies = mtp_copies(config)
+        for layer in mtp_layers(config):
             prefix = f"model.layers.{layer}."
             has_module = self.has(prefix + "eh_proj.weight")
-            for name in optional_tensors(self.config):
+            for name in optional_tensors(config):
                 if name.startswith(prefix) and (not has_module or (name in copies and not self.has(name))):
                     yield name
 

@@ -40,13 +40,19 @@ def optional_tensors(config: ModelConfig) -> frozenset[str]:
     (all or nothing, by `eh_proj`); and a module's embedding and head are copies of the main ones (`mtp_copies`),
     which some leave out.
     """
-    return frozenset(expected_tensors(config, ("mtp",)))
+    roles: tuple[Role, ...] = ("mtp",)
+    return frozenset(expected_tensors(config, roles))
 
 
 def mtp_copies(config: ModelConfig) -> frozenset[str]:
     """The MTP tensors that only repeat the main embedding and head."""
     endings = ("embed_tokens.weight", "shared_head.head.weight")
     return frozenset(f"model.layers.{layer}.{ending}" for layer in mtp_layers(config) for ending in endings)
+
+
+def is_quantised_in_fp8(name: str) -> bool:
+    """The matrices that DeepSeek stores as block fp8: attention and MLP projections, shared and routed experts."""
+    return name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
 
 
 def mtp_layers(config: ModelConfig) -> range:

@@ -25,7 +25,7 @@ def load_attention(
 ) -> AttentionWeights:
     """Everything but the routed experts; MTP modules, less their experts, where asked for and present."""
     roles: tuple[Role, ...] = ("attention", "mtp") if has_mtp else ("attention",)
-    checkpoint.check(roles)
+    checkpoint.check(config, roles)
     wanted = _attention_names(checkpoint, config, roles)
     meter = _Meter(sum(_num_elements(checkpoint, name) for name in wanted), dtype, progress)
 
@@ -57,7 +57,7 @@ def load_experts(
     _check_expert_ids(config, expert_ids)
     has_mtp = any(layer >= config.num_hidden_layers for layer in layers)
     roles: tuple[Role, ...] = ("experts", "mtp") if has_mtp else ("experts",)
-    checkpoint.check(roles)
+    checkpoint.check(config, roles)
     ids = tuple(expert_ids)
     stacks = {layer: _empty_stack(config, ids, dtype) for layer in sorted(layers) if config.is_moe_layer(layer)}
     parts = [part for layer, stack in stacks.items() for part in _parts(config, layer, stack)]

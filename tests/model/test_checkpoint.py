@@ -11,6 +11,7 @@ from torch import Tensor
 
 from braid.model.checkpoint import INDEX_NAME, Checkpoint
 from braid.model.safetensors_file import CheckpointError
+from braid.model.tensor_names import ALL_ROLES, Role
 
 WriteCheckpoint = Callable[..., Path]
 EMBED = "model.embed_tokens.weight"
@@ -19,6 +20,10 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
 def stored(path: Path) -> dict[str, Tensor]:
     return {name: tensor for shard in path.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+
+
+def check(checkpoint: Checkpoint, *roles: Role) -> None:
+    checkpoint.check(checkpoint.config, roles or ALL_ROLES)
 
 
 def edit_index(path: Path, name: str, file: str) -> None:
@@ -45,7 +50,7 @@ def test_fp8_is_dequantised_by_its_scales(write_checkpoint: WriteCheckpoint, dty
     scale = tensors[O_PROJ + "_scale_inv"].double()[rows[:, None], columns]
     expected = tensors[O_PROJ].double() * scale
     assert torch.equal(checkpoint.read(O_PROJ, torch.float32), expected.float())
-    checkpoint.check()
+    check(checkpoint)
 
 
 def test_a_tensor_of_many_windows_is_whole(write_checkpoint: WriteCheckpoint) -> None:
@@ -64,9 +69,9 @@ def test_a_tensor_of_many_windows_is_whole(write_checkpoint: WriteCheckpoint) ->
 def test_one_file_needs_no_index(write_checkpoint: WriteCheckpoint) -> None:
     path = write_checkpoint(num_shards=1)
     (path / INDEX_NAME).unlink()
-    Checkpoint(path).check()
+    check(Checkpoint(path))
     next(path.glob("*.safetensors")).rename(path / "model.safetensors")
-    Checkpoint(path).check()
+    check(Checkpoint(path))
 
 
 def test_names_read_is_the_record_of_what_was_read(write_checkpoint: WriteCheckpoint) -> None:
@@ -87,10 +92,10 @@ def test_mtp_may_be_absent_as_a_whole_or_without_its_copies(write_checkpoint: Wr
     def drop_norm(state: dict[str, Tensor]) -> None:
         del state["model.layers.3.enorm.weight"]
 
-    Checkpoint(write_checkpoint("copies", edit=drop_copies)).check()
-    Checkpoint(write_checkpoint("module", edit=drop_module)).check()
+    check(Checkpoint(write_checkpoint("copies", edit=drop_copies)))
+    check(Checkpoint(write_checkpoint("module", edit=drop_module)))
     with pytest.raises(CheckpointError, match=r"no tensor 'model\.layers\.3\.enorm\.weight'"):
-        Checkpoint(write_checkpoint("norm", edit=drop_norm)).check()
+        check(Checkpoint(write_checkpoint("norm", edit=drop_norm)))
 
 
 def remove(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -127,7 +132,7 @@ def test_a_wrong_tensor_is_named_with_file_and_remedy(
 ) -> None:
     checkpoint = Checkpoint(write_checkpoint(dtype="fp8", edit=edit))
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.check()
+        check(checkpoint)
     assert checkpoint.names_read == frozenset()
 
 
@@ -136,14 +141,14 @@ def test_several_wrong_tensors_are_counted(write_checkpoint: WriteCheckpoint) ->
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "hidden_size": 160}))
     with pytest.raises(CheckpointError, match=r"\(and \d+ more tensors are wrong\)"):
-        Checkpoint(path).check()
+        check(Checkpoint(path))
 
 
 def test_a_check_by_role_ignores_what_others_need(write_checkpoint: WriteCheckpoint) -> None:
     checkpoint = Checkpoint(write_checkpoint(edit=remove(O_PROJ)))
-    checkpoint.check(("experts",))
+    check(checkpoint, "experts")
     with pytest.raises(CheckpointError, match="o_proj"):
-        checkpoint.check(("attention",))
+        check(checkpoint, "attention")
 
 
 def test_an_index_that_names_a_missing_file(write_checkpoint: WriteCheckpoint) -> None:
