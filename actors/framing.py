@@ -123,6 +123,6 @@ class FrameReader:
 
 def _aligned_body(meta_len: int, payload_len: int) -> memoryview:
     """One buffer for meta and payload, whose payload is aligned."""
-    buffer = np.empty(meta_len + payload_len + ALIGNMENT, np.uint8)  # numpy does not clear it, bytearray would
+    buffer = np.empty(meta_len + payload_len + ALIGNMENT, np.uint8).data  # not cleared, as a bytearray would be
     start = -(addressof(c_char.from_buffer(buffer)) + meta_len) % ALIGNMENT
-    return buffer.data[start : start + meta_len + payload_len]
+    return buffer[start : start + meta_len + payload_len]

@@ -23,14 +23,18 @@ ANNOUNCE_BYTES = 256 << 10  # a large message is told of in pieces, so that both
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # nobody can shrink it under our mapping
 
 
+def check_ring_bytes(num_bytes: int) -> None:
+    if not MIN_RING_BYTES <= num_bytes <= MAX_RING_BYTES:
+        raise ValueError(f"a ring of {num_bytes} bytes: must be {MIN_RING_BYTES} to {MAX_RING_BYTES}")
+
+
 class Ring:
     """One direction: the memory and its two eventfds, whose counters are bytes written and bytes given back."""
 
     def __init__(self, memory_fd: int, data_fd: int, room_fd: int) -> None:
         self.memory_fd, self.data_fd, self.room_fd = memory_fd, data_fd, room_fd
         self.num_bytes = os.fstat(memory_fd).st_size
-        if not MIN_RING_BYTES <= self.num_bytes <= MAX_RING_BYTES:
-            raise ValueError(f"a ring of {self.num_bytes} bytes: must be {MIN_RING_BYTES} to {MAX_RING_BYTES}")
+        check_ring_bytes(self.num_bytes)
         if fcntl.fcntl(memory_fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise ValueError("the memory of a ring must be sealed against shrinking")
         # Populated now: on a virtual machine the first touch of a page costs tens of microseconds.
@@ -39,11 +43,18 @@ class Ring:
 
     @classmethod
     def create(cls, num_bytes: int) -> "Ring":
-        memory_fd = os.memfd_create("braid-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(memory_fd, num_bytes)
-        fcntl.fcntl(memory_fd, fcntl.F_ADD_SEALS, SEALS)
-        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        return cls(memory_fd, os.eventfd(0, flags), os.eventfd(0, flags))
+        check_ring_bytes(num_bytes)
+        fds = [os.memfd_create("braid-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)]
+        try:
+            os.ftruncate(fds[0], num_bytes)
+            fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, SEALS)
+            fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            return cls(*fds)
+        except BaseException:  # out of fds or memory: what was opened so far must not stay open
+            for fd in fds:
+                os.close(fd)
+            raise
 
     def fds(self) -> list[int]:
         return [self.memory_fd, self.data_fd, self.room_fd]

@@ -13,19 +13,18 @@ NUM_FDS = 6
 
 def send_rings(sock: socket.socket, ring_bytes: int) -> ShmPipe:
     """The dialer makes both rings; first the one it writes."""
-    outgoing = Ring.create(ring_bytes)
+    rings: list[Ring] = []
     try:
-        incoming = Ring.create(ring_bytes)
-    except BaseException:
-        outgoing.close()
+        rings.append(Ring.create(ring_bytes))
+        rings.append(Ring.create(ring_bytes))
+        socket.send_fds(sock, [MARK.pack(b"ring")], [fd for ring in rings for fd in ring.fds()])
+    except BaseException as error:
+        for ring in rings:
+            ring.close()
+        if isinstance(error, ConnectionError):
+            raise Refused("it closed the connection during the handshake") from error
         raise
-    try:
-        socket.send_fds(sock, [MARK.pack(b"ring")], [*outgoing.fds(), *incoming.fds()])
-    except BaseException:
-        outgoing.close()
-        incoming.close()
-        raise
-    return ShmPipe(sock, outgoing, incoming)
+    return ShmPipe(sock, outgoing=rings[0], incoming=rings[1])
 
 
 def receive_rings(sock: socket.socket, deadline: float) -> ShmPipe:
@@ -39,7 +38,8 @@ def receive_rings(sock: socket.socket, deadline: float) -> ShmPipe:
     try:
         if mark != MARK.pack(b"ring") or len(fds) != NUM_FDS or flags & socket.MSG_CTRUNC:
             raise Refused(f"{len(fds)} file descriptors came where {NUM_FDS} were due")
-        rings += [Ring(*fds[:3]), Ring(*fds[3:])]
+        rings.append(Ring(*fds[:3]))
+        rings.append(Ring(*fds[3:]))
     except BaseException as error:
         for ring in rings:
             ring.close()

@@ -1,0 +1,87 @@
+"""Sockets of a listener: made, replaced when stale, refused when in use, removed; and its bound on handshakes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from link_peer import SECRET, Address
+
+from braid.actors.dialing import dial, host_id
+from braid.actors.links import Hello, Link
+from braid.actors.listener import MAX_HANDSHAKES, Listener
+
+ME = Hello("me", "both", 1, host_id())
+TIMEOUT_S = 20.0
+
+
+def refuse_link(link: Link) -> None:
+    raise RuntimeError(f"no room for {link.peer.name}")
+
+
+def test_the_socket_file_is_private_and_removed(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    listener = Listener(ME, SECRET, str(path), None, Link.close)
+    assert path.stat().st_mode & 0o777 == 0o600
+    listener.close()
+    listener.close()
+    assert not path.exists()
+
+
+def test_a_stale_socket_file_is_replaced(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    script = (
+        f"import os, socket; s = socket.socket(socket.AF_UNIX); s.bind({path!r}); s.listen(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=False)
+    assert os.path.exists(path)
+    Listener(ME, SECRET, path, None, Link.close).close()
+
+
+def test_a_path_in_use_or_too_long_is_bad_input(tmp_path: Path) -> None:
+    listener = Listener(ME, SECRET, str(tmp_path / "s"), None, Link.close)
+    with pytest.raises(ValueError, match="is in use by a live process: choose another path"):
+        Listener(ME, SECRET, str(tmp_path / "s"), None, Link.close)
+    assert (tmp_path / "s").exists()
+    with pytest.raises(ValueError, match="at most 107 bytes, this has"):
+        Listener(ME, SECRET, str(tmp_path / ("s" * 120)), None, Link.close)
+    listener.close()
+
+
+def test_a_tcp_port_in_use_leaves_nothing_open(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: .* choose another"):
+            Listener(ME, SECRET, str(tmp_path / "s"), "127.0.0.1", Link.close, tcp_port=port)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_link_that_nobody_takes_is_closed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    listener = Listener(ME, SECRET, str(tmp_path / "s"), None, refuse_link)
+    link = dial(Address(str(tmp_path / "s"), "", 0), ME, SECRET, "unix", TIMEOUT_S)
+    listener.close()
+    assert "no room for me" in caplog.text
+    link.close()
+
+
+def test_handshakes_under_way_are_bounded_and_end_with_the_listener(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = threading.active_count()
+    path = str(tmp_path / "s")
+    listener = Listener(ME, SECRET, path, None, Link.close)
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(MAX_HANDSHAKES + 1)]
+    for client in clients:
+        client.settimeout(TIMEOUT_S)
+        client.connect(path)
+    assert clients[-1].recv(1) == b""
+    assert f"{MAX_HANDSHAKES} handshakes under way" in caplog.text
+    listener.close()
+    for client in clients:
+        client.close()
+    assert threading.active_count() == before

@@ -1,0 +1,162 @@
+"""What a reactor promises: each opening and closing told once and in order, nothing lost, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from link_peer import ECHO, TIMEOUT_S, TRANSPORTS, LinkHost
+
+from braid.actors.links import Link, LinkClosed
+from braid.actors.reactor import MAX_MESSAGES_A_TURN, Closed, Opened, Reactor, Received
+
+every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+Transport = Literal["shm", "unix", "tcp"]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[LinkHost]:
+    made = LinkHost(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def far() -> Iterator[Reactor]:
+    """The dialer's reactor."""
+    made = Reactor()
+    yield made
+    made.close()
+
+
+@every_transport
+def test_each_end_knows_the_other(host: LinkHost, far: Reactor, transport: Transport) -> None:
+    near, dialed = host.dial(transport, far)
+    assert (near.peer.name, near.peer.role, near.peer.incarnation) == ("dialer", "both", 7)
+    assert dialed.peer == host.hello
+    assert near.transport == dialed.transport == transport
+
+
+@every_transport
+def test_a_link_is_told_opened_then_received_then_closed(host: LinkHost, far: Reactor, transport: Transport) -> None:
+    near, dialed = host.dial(transport, far)
+    for index in range(3 * MAX_MESSAGES_A_TURN):
+        dialed.send(ECHO, b"%d" % index)
+    dialed.close("enough")
+    host.until_closed(near)
+    first, *middle, last = [event for event in host.events if event.link is near]
+    assert isinstance(first, Opened)
+    assert [event.message.meta for event in middle if isinstance(event, Received)] == [
+        b"%d" % index for index in range(3 * MAX_MESSAGES_A_TURN)
+    ]
+    assert last == Closed(near, "dialer is gone: its end of the link closed")
+    assert host.reactor.links() == []
+
+
+@every_transport
+def test_closing_ends_both_sides_and_is_told_once(host: LinkHost, far: Reactor, transport: Transport) -> None:
+    near, dialed = host.dial(transport, far)
+    near.close("no longer needed")
+    near.close("again")
+    with pytest.raises(LinkClosed, match="closed: no longer needed"):
+        near.send(ECHO, b"")
+    assert host.until_closed(near) == "no longer needed"
+    events = far.poll(TIMEOUT_S)
+    while not any(isinstance(event, Closed) for event in events):
+        events = far.poll(TIMEOUT_S)
+    assert dialed.closed == "host is gone: its end of the link closed"
+    assert host.reactor.poll(0) == []
+    assert not host.deaths
+
+
+def test_a_link_closed_before_it_was_added_is_still_told(host: LinkHost, far: Reactor) -> None:
+    near, _ = host.dial("shm", far)
+    near.close("early")
+    host.until_closed(near)
+    again = Reactor()
+    again.add(near)
+    assert again.poll(TIMEOUT_S) == [Opened(near), Closed(near, "early")]
+    again.close()
+
+
+def test_wake_ends_a_wait_from_another_thread() -> None:
+    reactor = Reactor()
+    thread = threading.Thread(target=reactor.wake)
+    thread.start()
+    start = time.monotonic()
+    assert reactor.poll(TIMEOUT_S) == []
+    assert time.monotonic() - start < TIMEOUT_S / 2
+    thread.join()
+    assert reactor.poll(0) == []
+    reactor.close()
+
+
+@every_transport
+def test_many_threads_may_send(host: LinkHost, far: Reactor, transport: Transport) -> None:
+    near, dialed = host.dial(transport, far)
+
+    def send(name: int) -> None:
+        for index in range(300):
+            dialed.send(name, b"%d" % index, bytes([name]) * (index * 37 % 9000))
+
+    threads = [threading.Thread(target=send, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+
+    def is_done() -> bool:
+        far.poll(0)
+        return len(host.received(near)) == 4 * 300
+
+    host.until(is_done, "all messages of four threads")
+    for thread in threads:
+        thread.join()
+    for name in range(4):
+        messages = [event.message for event in host.received(near) if event.message.kind == name]
+        assert [message.meta for message in messages] == [b"%d" % index for index in range(300)]
+        assert all(message.payload == bytes([name]) * (int(message.meta) * 37 % 9000) for message in messages)
+
+
+@every_transport
+def test_a_talkative_peer_does_not_starve_another(host: LinkHost, far: Reactor, transport: Transport) -> None:
+    loud, loud_dialed = host.dial(transport, far)
+    quiet, quiet_dialed = host.dial(transport, far)
+    for _ in range(10 * MAX_MESSAGES_A_TURN):
+        loud_dialed.send(ECHO, b"")
+    quiet_dialed.send(ECHO, b"me too")
+    host.until(lambda: bool(host.received(quiet)), "the quiet peer")
+    assert len(host.received(loud)) <= 3 * MAX_MESSAGES_A_TURN
+    host.until(lambda: len(host.received(loud)) == 10 * MAX_MESSAGES_A_TURN, "the talkative peer")
+
+
+@every_transport
+def test_a_peer_that_breaks_the_framing_is_cut_off(host: LinkHost, far: Reactor, transport: Transport) -> None:
+    near, dialed = host.dial(transport, far)
+    dialed._pipe.write([b"neither a header nor anything like one"])
+    assert "not a frame of version 1" in host.until_closed(near)
+    assert far.poll(TIMEOUT_S)
+
+
+def num_fds_and_threads() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def test_descriptors_and_threads_return_to_baseline(tmp_path: Path) -> None:
+    before = num_fds_and_threads()
+    host, far = LinkHost(tmp_path), Reactor()
+    links: list[Link] = []
+    for transport in TRANSPORTS:
+        for _ in range(3):
+            near, dialed = host.dial(transport, far)
+            dialed.send(ECHO, b"", bytes(3_000_000))
+            links += [near, dialed]
+    links[0].close()
+    host.until_closed(links[0])
+    host.close()
+    far.close()
+    assert num_fds_and_threads() == before
+    assert all(link.closed for link in links)

@@ -1,0 +1,158 @@
+"""The shared-memory ring: a stream larger than the ring, the end of the peer, and a peer that breaks the rules."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from braid.actors.handshake import Refused
+from braid.actors.pipe import PeerGone
+from braid.actors.shm_pipe import MIN_RING_BYTES, Ring
+from braid.actors.shm_setup import receive_rings, send_rings
+
+
+class Pair:
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self.writer = send_rings(ours, MIN_RING_BYTES)
+        self.reader = receive_rings(theirs, deadline=time.monotonic() + 5)
+
+    def data_arrived(self) -> bool:
+        """What epoll would say of the reader's data eventfd."""
+        fd = self.reader._in.data_fd
+        with select.epoll() as epoll:
+            epoll.register(fd, select.EPOLLIN)
+            events = epoll.poll(0)
+        for event_fd, mask in events:
+            self.reader.ready(event_fd, mask)
+        return bool(events)
+
+    def read(self, num_bytes: int) -> bytes:
+        target = bytearray(num_bytes)
+        return bytes(target[: self.reader.read_into(memoryview(target))])
+
+    def close(self) -> None:
+        self.writer.close()
+        self.reader.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.close()
+
+
+@given(
+    pieces=st.lists(st.binary(max_size=3 * MIN_RING_BYTES), max_size=8), read_bytes=st.integers(1, 2 * MIN_RING_BYTES)
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+def test_any_stream_passes_through_a_smaller_ring(pieces: list[bytes], read_bytes: int) -> None:
+    pair = Pair()
+    stream = b"".join(pieces)
+    sent, got = 0, b""
+    while len(got) < len(stream):
+        sent += pair.writer.write([stream[sent:]]) if sent < len(stream) else 0
+        pair.data_arrived()
+        part = pair.read(read_bytes)
+        assert part or sent < len(stream)
+        got += part
+    assert got == stream
+    pair.close()
+
+
+def test_nothing_is_read_before_it_is_announced(pair: Pair) -> None:
+    assert pair.writer.write([b"hello"]) == 5
+    assert pair.read(10) == b""
+    assert pair.data_arrived()
+    assert pair.read(10) == b"hello"
+    assert not pair.data_arrived()
+
+
+def test_a_full_ring_takes_no_more_until_room_is_given_back(pair: Pair) -> None:
+    assert pair.writer.write([bytes(MIN_RING_BYTES + 1)]) == MIN_RING_BYTES
+    assert pair.writer.write([b"x"]) == 0
+    room_fd = pair.writer._out.room_fd
+    with select.epoll() as epoll:
+        epoll.register(room_fd, dict(pair.writer.interest(wants_room=True))[room_fd])
+        assert not epoll.poll(0)
+        pair.data_arrived()
+        pair.read(MIN_RING_BYTES // 2)
+        assert epoll.poll(0)
+    assert pair.writer.write([b"x"]) == 1
+
+
+def test_what_was_written_before_the_end_is_read_first(pair: Pair) -> None:
+    pair.writer.write([b"last words"])
+    pair.writer.hang_up()
+    pair.reader.ready(pair.reader.socket_fd(), select.EPOLLRDHUP)
+    assert pair.read(100) == b"last words"
+    with pytest.raises(PeerGone, match="its end of the link closed"):
+        pair.read(100)
+
+
+def test_a_peer_that_announces_or_gives_back_too_much_is_cut_off(pair: Pair) -> None:
+    os.eventfd_write(pair.reader._in.data_fd, MIN_RING_BYTES + 1)
+    assert pair.data_arrived()
+    with pytest.raises(PeerGone, match="announced more bytes than its ring holds"):
+        pair.read(1)
+    pair.writer.write([bytes(MIN_RING_BYTES)])
+    os.eventfd_write(pair.writer._out.room_fd, MIN_RING_BYTES + 1)
+    with pytest.raises(PeerGone, match="gave back more bytes than its ring holds"):
+        pair.writer.write([b"x"])
+
+
+def test_a_word_on_the_socket_beside_the_rings_ends_the_link(pair: Pair) -> None:
+    pair.writer._socket.send(b"!")
+    pair.reader.ready(pair.reader.socket_fd(), select.EPOLLIN)
+    with pytest.raises(PeerGone, match="it spoke on the socket"):
+        pair.read(1)
+
+
+@pytest.mark.parametrize("num_bytes", [0, MIN_RING_BYTES - 1])
+def test_an_impossible_ring_is_refused(num_bytes: int) -> None:
+    with pytest.raises(ValueError, match=f"a ring of {num_bytes} bytes: must be 4096 to"):
+        Ring.create(num_bytes)
+
+
+def num_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def unsealed_ring() -> list[int]:
+    memory_fd = os.memfd_create("unsealed")
+    os.ftruncate(memory_fd, MIN_RING_BYTES)
+    return [memory_fd, os.eventfd(0), os.eventfd(0)]
+
+
+@pytest.mark.parametrize("wrong", ["unsealed", "too few", "none", "silence"])
+def test_wrong_rings_are_refused_and_no_fd_is_kept(wrong: str) -> None:
+    before = num_fds()
+    ours, theirs = socket.socketpair()
+    sent = unsealed_ring() + unsealed_ring() if wrong == "unsealed" else unsealed_ring()
+    if wrong == "none":
+        ours.send(b"ring")
+    elif wrong != "silence":
+        socket.send_fds(ours, [b"ring"], sent)
+    with pytest.raises(Refused, match="rings"):
+        receive_rings(theirs, deadline=time.monotonic() + 0.05)
+    for fd in sent:
+        os.close(fd)
+    ours.close()
+    theirs.close()
+    assert num_fds() == before
+
+
+def test_a_ring_leaves_nothing_behind() -> None:
+    before = num_fds()
+    pair = Pair()
+    assert not [name for name in os.listdir("/dev/shm") if "braid" in name]
+    pair.close()
+    assert num_fds() == before
