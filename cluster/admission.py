@@ -106,10 +106,11 @@ class Admission:
 
     def join(self, ticket: Ticket, now: float) -> bool:
         """Places the ticket at once or lets it wait; False when the queue is full."""
-        if len(self.waiting) >= self.max_waiting and (self.waiting or not self._place(ticket, now)):
+        if not self.waiting and self._place(ticket, now):
+            return True
+        if len(self.waiting) >= self.max_waiting:
             return False
-        if ticket.placement is None:
-            self.waiting.append(ticket)
+        self.waiting.append(ticket)
         return True
 
     def rejoin(self, ticket: Ticket) -> None:

@@ -147,13 +147,15 @@ class FrontEnd:
         except RequestRefused as refused:
             self._end(flight, refused.code, refused.message)
             raise
-        self._waiting[flight.ticket] = flight
         flight.timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, flight)
-        self._pump_soon()
+        if flight.ticket.placement is None:
+            self._waiting[flight.ticket] = flight
+        else:
+            self._submit(flight)
         return flight
 
     def _check(self, flight: Flight) -> None:
-        """Joins the queue or raises RequestRefused."""
+        """Is placed, joins the queue or raises RequestRefused."""
         try:
             check_request(flight.request, self.settings)
         except ValueError as error:
@@ -165,6 +167,7 @@ class FrontEnd:
             raise RequestRefused("unavailable", told, RETRY_AFTER_S)
         if never := self.admission.why_never(flight.ticket):
             raise RequestRefused("invalid", never)
+        self._pump()  # a queue that could move now is not full
         if not self.admission.join(flight.ticket, time.monotonic()):
             told = f"{len(self.admission.waiting)} requests wait already (max_waiting): try again later"
             raise RequestRefused("busy", told, RETRY_AFTER_S)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from braid.actors.view import Role
+from braid.cluster.admission import BUSY_PAUSE_S, Admission, Ticket
+from braid.router.placement import Placement
+
+
+def load_of(worker: str, free_blocks: int, total_blocks: int = 8, **more: Any) -> dict[str, Any]:
+    load = {"worker": worker, "free_blocks": free_blocks, "total_blocks": total_blocks, "block_size": 64}
+    return load | {"running": 0, "waiting": 0, "waiting_tokens": 0, "counters": {}} | more
+
+
+def admission_of(max_waiting: int = 10, **workers: Role) -> Admission:
+    admission = Admission(max_waiting)
+    for name, role in workers.items():
+        admission.link(name, role)
+        admission.report(load_of(name, 8))
+    return admission
+
+
+def check_idle(admission: Admission) -> None:
+    assert admission.waiting == []
+    for worker in admission.workers.values():
+        assert (worker.ledger.reserved, worker.ledger.unseen, worker.unprefilled_tokens) == (0, 0, 0)
+
+
+def test_first_come_first_served_even_when_a_later_one_would_fit() -> None:
+    admission = admission_of(p="prefill", d="decode")
+    first, big, small = Ticket(1, 300, 10), Ticket(2, 300, 10), Ticket(3, 10, 10)
+    for ticket in (first, big, small):
+        assert admission.join(ticket, 0.0)
+    assert first.placement == Placement("p", "d")  # 5 of 8 blocks
+    assert admission.place_waiting(0.0) == []
+    admission.release(first)
+    assert admission.place_waiting(0.0) == [big, small]
+    admission.release(big)
+    admission.release(small)
+    check_idle(admission)
+
+
+def test_only_those_who_must_wait_fill_the_queue() -> None:
+    admission = admission_of(max_waiting=1, b="both")
+    tickets = [Ticket(place, 100, 28) for place in range(6)]  # 2 of 8 blocks each
+    assert [admission.join(ticket, 0.0) for ticket in tickets] == [True] * 5 + [False]
+    assert admission.waiting == [tickets[4]]
+    assert all(ticket.placement for ticket in tickets[:4])
+    without = admission_of(max_waiting=0, b="both")
+    assert [without.join(Ticket(place, 400, 10), 0.0) for place in range(2)] == [True, False]
+
+
+def test_what_was_sent_counts_before_a_report_tells_it() -> None:
+    admission = admission_of(p0="prefill", p1="prefill", d="decode")
+    tickets = [Ticket(place, 60, 4) for place in range(4)]
+    for ticket in tickets:
+        admission.join(ticket, 0.0)
+    admission.place_waiting(0.0)
+    assert [ticket.placement for ticket in tickets] == [Placement(f"p{place % 2}", "d") for place in range(4)]
+    for ticket in tickets:
+        admission.note_token(ticket, ticket.placement.prefill if ticket.placement else "")
+        admission.note_token(ticket, "d")
+        admission.release(ticket)
+        admission.release(ticket)
+    check_idle(admission)
+
+
+def test_busy_goes_back_to_its_old_place_and_the_worker_rests() -> None:
+    admission = admission_of(b="both")
+    first, second = Ticket(1, 10, 10), Ticket(2, 10, 10)
+    admission.join(first, 0.0)
+    admission.place_waiting(0.0)
+    admission.rejoin(first)
+    admission.pause("b", 0.0)
+    admission.join(second, 0.0)
+    assert admission.waiting == [first, second]
+    assert admission.place_waiting(0.9 * BUSY_PAUSE_S) == []
+    assert admission.place_waiting(BUSY_PAUSE_S) == [first, second]
+
+
+def test_a_death_concerns_who_still_needs_the_worker() -> None:
+    admission = admission_of(p="prefill", d="decode")
+    ticket, waiting = Ticket(1, 10, 10), Ticket(2, 10, 10)
+    admission.join(ticket, 0.0)
+    admission.place_waiting(0.0)
+    assert (ticket.depends_on("p"), ticket.depends_on("d"), ticket.depends_on("x")) == (True, True, False)
+    admission.note_token(ticket, "p")
+    assert (ticket.depends_on("p"), ticket.depends_on("d")) == (False, True)
+    assert not waiting.depends_on("p")
+    admission.unlink("d")
+    assert not admission.is_ready
+    admission.release(ticket)
+    check_idle(admission)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "max_tokens", "told"),
+    [
+        (513, 1, "513 tokens, the largest prefill worker has room for 512"),
+        (200, 314, "513 tokens, the largest decode worker has room for 512"),
+        (200, 313, None),
+        (512, 1, None),
+    ],
+)
+def test_says_what_never_fits(num_prompt: int, max_tokens: int, told: str | None) -> None:
+    why = admission_of(p="prefill", d="decode").why_never(Ticket(1, num_prompt, max_tokens))
+    assert why is None if told is None else why is not None and told in why
+
+
+def test_a_prompt_only_goes_where_it_fits() -> None:
+    admission = admission_of(small="prefill", large="prefill", d="decode")
+    admission.report(load_of("small", 1, total_blocks=1))
+    admission.report(load_of("large", 8, waiting_tokens=900))
+    ticket = Ticket(1, 65, 2)
+    admission.join(ticket, 0.0)
+    admission.place_waiting(0.0)
+    assert ticket.placement == Placement("large", "d")
+
+
+def test_any_story_ends_with_nothing_reserved() -> None:
+    """Random events, in any order: never more reserved than there is, nobody overtakes, nothing left at the end."""
+    rng = random.Random(5)
+    admission = admission_of(p0="prefill", p1="prefill", d0="decode", d1="decode")
+    live: list[Ticket] = []
+    for step in range(3000):
+        event = rng.choice(["join", "join", "token", "release", "busy", "report", "pump"])
+        placed = [ticket for ticket in live if ticket.placement is not None]
+        if event == "join":
+            ticket = Ticket(step, rng.randint(1, 300), rng.randint(1, 200))
+            if admission.join(ticket, float(step)):
+                live.append(ticket)
+        elif event == "release" and live:
+            admission.release(live.pop(rng.randrange(len(live))))
+        elif event == "report":
+            admission.report(load_of(rng.choice(["d0", "d1"]), rng.randint(0, 8)))
+        elif event == "pump":
+            admission.place_waiting(float(step))
+        elif placed and event in ("token", "busy"):
+            ticket = rng.choice(placed)
+            assert ticket.placement is not None
+            if event == "token":
+                admission.note_token(ticket, rng.choice([ticket.placement.prefill, ticket.placement.decode]))
+            elif not ticket.is_prefilled:
+                admission.rejoin(ticket)
+        orders = [ticket.order for ticket in admission.waiting]
+        assert orders == sorted(orders)
+        assert all(worker.ledger.reserved <= 8 for worker in admission.workers.values())
+    for ticket in live:
+        admission.release(ticket)
+    check_idle(admission)
