@@ -15,7 +15,7 @@ from typing import Any
 
 from ..actors.view import ClusterView
 from .controller_settings import ControllerSettings
-from .errors import PlacementFailed, StartFailed, WorkerDied
+from .errors import BraidError, StartFailed, WorkerDied
 from .events import (
     Answered,
     Applied,
@@ -139,7 +139,7 @@ class Controller:
     async def _place(self, pool: PoolPlan) -> None:
         try:
             nodes = await self.launcher.place(pool, self.settings.place_timeout_s)
-        except PlacementFailed as error:
+        except StartFailed as error:
             self._handle(PoolRefused(self.clock(), pool.name, str(error)))
         else:
             self._handle(PoolPlaced(self.clock(), pool.name, nodes))
@@ -270,6 +270,6 @@ class Controller:
 def in_words(error: BaseException) -> str:
     """One line that names the kind of error unless the message speaks for itself."""
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, WorkerDied, PlacementFailed)) and text:
+    if isinstance(error, (ValueError, BraidError)) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -4,9 +4,10 @@ BraidError
 ├── SpecError           the ClusterSpec or a flag is wrong: correct the value that the message names (also a ValueError)
 ├── ClusterExists       a cluster of this name is up: take another name, or `braid down` it first
 ├── ClusterNotFound     no cluster of this name was started here: see `braid status`
+├── ClusterStuck        a cluster is there and does not answer, or does not end: do what the message says
 ├── StartFailed         the cluster could not start and everything was taken down again: read the reason
 ├── WorkerDied          a worker's process is gone: the controller takes it out of the next view
-├── PlacementFailed     Ray has no room for a pool: the message says what is asked for and what there is
+├── AnswerRefused       a running cluster answered a client of ours, and the answer is no: the message is its own
 └── IllegalTransition   a defect in Braid: report it with the story in the message
 """
 
@@ -29,6 +30,10 @@ class ClusterNotFound(BraidError):
     pass
 
 
+class ClusterStuck(BraidError):
+    pass
+
+
 class StartFailed(BraidError):
     pass
 
@@ -37,7 +42,7 @@ class WorkerDied(BraidError):
     pass
 
 
-class PlacementFailed(BraidError):
+class AnswerRefused(BraidError):
     pass
 
 

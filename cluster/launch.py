@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from ..actors.settings import WorkerSettings
 from ..actors.view import ClusterView, WorkerInfo
 from .controller import Controller
 from .controller_settings import ControllerSettings, namespace_of
-from .errors import ClusterNotFound, PlacementFailed, StartFailed, WorkerDied
+from .errors import ClusterNotFound, StartFailed, WorkerDied
 from .events import FrontName
 from .plan import Node, PoolPlan, WorkerPlan, explain_refusal
 from .worker_process import WorkerProcess
@@ -114,7 +115,7 @@ class RayLauncher:
         patience_s = min(timeout_s, 15.0) if self.settings.is_local else timeout_s
         if not await asyncio.to_thread(group.wait, patience_s):
             known = list(_nodes(self.settings.is_local).values())
-            raise PlacementFailed(f"no place within {patience_s:g} s for {explain_refusal(pool, known)}")
+            raise StartFailed(f"no place within {patience_s:g} s for {explain_refusal(pool, known)}")
         where = placement_group_table(group)["bundles_to_node_id"]
         nodes = _nodes(self.settings.is_local)
         return tuple(nodes[where[plan.bundle]] for plan in pool.workers)
@@ -212,5 +213,6 @@ def _nodes(is_local: bool) -> dict[str, Node]:
             cores = len(os.sched_getaffinity(0)) if is_local else max(1, int(cpus))
             address = LOOPBACK if is_local else node["NodeManagerAddress"]
             labels = {key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/node-id")}
-            found[node["NodeID"]] = Node(node["NodeName"], address, cores, cpus, labels)
+            name = socket.gethostname() if is_local else node["NodeName"]
+            found[node["NodeID"]] = Node(name, address, cores, cpus, labels)
     return found

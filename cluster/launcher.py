@@ -23,7 +23,7 @@ class WorkerHandle(Protocol):
 
 
 class Launcher(Protocol):
-    """Places, processes and front ends. `place` raises PlacementFailed in words; what ends things is idempotent."""
+    """Places, processes and front ends. `place` raises StartFailed in words; what ends things is idempotent."""
 
     async def place(self, pool: PoolPlan, timeout_s: float) -> tuple[Node, ...]: ...
     def start_worker(self, plan: WorkerPlan, settings: WorkerSettings) -> WorkerHandle: ...

@@ -8,6 +8,7 @@ import os
 import secrets
 from pathlib import Path
 
+from .errors import ClusterNotFound
 from .spec import ClusterSpec
 
 OBJECT_STORE_BYTES = 200 << 20  # no tensors travel through Ray: only views and settings
@@ -37,10 +38,14 @@ def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
 
 
 def connect(address: str) -> None:
-    """Joins an existing Ray as one more driver. Raises ConnectionError when there is none."""
+    """Joins an existing Ray as one more driver. Raises ClusterNotFound when there is none."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterNotFound(f"no Ray cluster can be joined at {address!r}: {' '.join(str(error).split())}") from None
 
 
 def stop_ray() -> None:

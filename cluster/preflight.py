@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from ..model.config import ModelConfig
+from ..model.licences import find_licences
 from .controller_settings import ModelFacts
 from .errors import SpecError
 from .plan import plan_pools
@@ -37,7 +38,7 @@ def model_facts(spec: ClusterSpec) -> ModelFacts:
         max_model_len=longest,
         architecture=(config.architectures or (config.model_type,))[0],
         created=int((path / "config.json").stat().st_mtime),
-        notices=(),
+        notices=find_licences(path).notices,
     )
     plan_pools(spec, facts.num_experts)
     return facts

@@ -68,19 +68,22 @@ class Registry:
     def claim(self, record: Record) -> Record:
         """Takes the name and makes the run folder; sweeps up after a cluster that died without a word."""
         with self._locked():
-            before = self.find(record.name)
-            if before is not None and before.is_alive():
-                pid = (before.supervisor or before.owner).pid
-                raise ClusterExists(
-                    f"cluster {record.name!r} is already up (pid {pid}, HTTP {before.host}:{before.http_port}): "
-                    f"take another --name, or `braid down --name {record.name}` first"
-                )
-            self._sweep(record.name, before)
+            self.refuse_if_up(record.name)
+            self._sweep(record.name, self.find(record.name))
             folder = self.root / record.name
             folder.mkdir(mode=0o700, parents=True)
             claimed = replace(record, run_dir=str(_run_dir(folder)))
             self.write(claimed)
             return claimed
+
+    def refuse_if_up(self, name: str) -> None:
+        record = self.find(name)
+        if record is not None and record.is_alive():
+            pid = (record.supervisor or record.owner).pid
+            raise ClusterExists(
+                f"cluster {name!r} is already up (pid {pid}, HTTP {record.host}:{record.http_port}): "
+                f"take another --name, or `braid down --name {name}` first"
+            )
 
     def write(self, record: Record) -> None:
         write_json(self.root / record.name / RECORD, asdict(record))

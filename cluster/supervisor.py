@@ -94,7 +94,7 @@ class Supervisor:
         telling = asyncio.ensure_future(self._tell_progress())
         try:
             self.controller = start_controller(self.settings)
-            rising = asyncio.ensure_future(_result(self.controller.up.remote()))
+            rising = asyncio.ensure_future(call(self.controller.up.remote()))
             await asyncio.wait([rising, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not rising.done():
                 rising.add_done_callback(lambda task: task.exception())
@@ -110,7 +110,7 @@ class Supervisor:
     async def _tell_progress(self) -> None:
         while True:
             if self.controller is not None:
-                status = await _result(self.controller.status.remote())
+                status = await call(self.controller.status.remote())
                 self.tell({"state": "starting", "status": status})
             await asyncio.sleep(TELL_INTERVAL_S)
 
@@ -120,7 +120,7 @@ class Supervisor:
 
         if self.controller is not None:
             try:
-                await asyncio.wait_for(_result(self.controller.down.remote("asked by its supervisor")), DOWN_TIMEOUT_S)
+                await call(self.controller.down.remote("asked by its supervisor"), DOWN_TIMEOUT_S)
             except Exception as error:  # it may have gone down by itself, after a failed start
                 log.warning("the controller's teardown: %s", error)
         with suppress(Exception):
@@ -140,7 +140,7 @@ class Supervisor:
         try:
             status: dict[str, Any] = {"name": self.record.name, "state": "starting", "workers": [], "problems": []}
             if self.controller is not None:
-                status = await asyncio.wait_for(_result(self.controller.status.remote()), ASK_TIMEOUT_S)
+                status = await call(self.controller.status.remote(), ASK_TIMEOUT_S)
             writer.write(json.dumps(status).encode())
             await writer.drain()
         except Exception as error:
@@ -149,14 +149,18 @@ class Supervisor:
             writer.close()
 
 
-async def _result(call: Any) -> Any:
+async def call(reference: Any, timeout_s: float | None = None) -> Any:
     """Awaits a Ray call; the controller's own exceptions come back as they are."""
     from ray.exceptions import RayTaskError
 
     try:
-        return await call
+        return await asyncio.wait_for(_awaited(reference), timeout_s)
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference
 
 
 def _stop_with_parent(stop: signal.Signals) -> None:

@@ -1,0 +1,43 @@
+"""`braid down`: an orderly end with a deadline, then an end, and a look whether anything is left."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from .errors import ClusterStuck
+from .processes import end_processes, send, wait_gone
+from .registry import Registry
+
+ORDERLY_S = 45.0
+
+
+def down(name: str, registry: Registry) -> list[int]:
+    """Takes the cluster down and returns the pids that had to be killed. Raises ClusterNotFound and ClusterStuck."""
+    record = registry.get(name)
+    everybody = record.processes()
+    if record.supervisor is not None and send(record.supervisor, signal.SIGTERM):
+        wait_gone([record.supervisor], ORDERLY_S)
+    elif record.ray_address is not None:
+        down_on_ray(name, record.ray_address)
+    # Ray's own processes follow their parent within a second or two
+    wait_gone(everybody, 5.0)
+    killed = [process.pid for process in end_processes({*everybody, *record.processes()}, grace_s=1.0)]
+    left = wait_gone({*everybody, *record.processes()}, 1.0)
+    if left:
+        raise ClusterStuck(f"still running after SIGKILL: pids {', '.join(str(process.pid) for process in left)}")
+    registry.remove(record)
+    return killed
+
+
+def down_on_ray(name: str, address: str) -> None:
+    """Asks the controller on an existing Ray, wherever it was started from."""
+    from . import local_ray
+    from .launch import find_controller
+    from .supervisor import call
+
+    local_ray.connect(address)
+    try:
+        asyncio.run(call(find_controller(name).down.remote("asked by braid down"), ORDERLY_S))
+    finally:
+        local_ray.stop_ray()
