@@ -10,27 +10,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# fp32 GEMMs on CPU round in three classes of row counts: {1}, {2, 3}, {4 .. 512}. Stay in the last: rows are independent.
-MIN_ROWS = 4
+# What a CPU GEMM must look like for a row to keep its bits (fuzzed on AVX-512 with MKL and oneDNN, 1 to 4 threads):
+# - fp32: rows round in classes {1}, {2, 3}, {4 ..}, and threads cut M in fours: so M is padded to a multiple of 4;
+# - fp32: a row's bits depend on its address modulo 16: so K is padded to a multiple of 4 and operands start aligned;
+# - bf16: up to 4096 multiply-adds take another code path: so M is padded until there are more.
+ROW_MULTIPLE = 4
 MAX_ROWS = 512
+ALIGNMENT = 16
+SMALL_PRODUCT = 4096
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [M, K], weight: [N, K], bias: [N] -> [M, N] in x's dtype."""
     assert x.dim() == 2, f"linear takes [M, K], not {tuple(x.shape)}"
-    num_rows = x.shape[0]
-    if MIN_ROWS <= num_rows <= MAX_ROWS:
-        return F.linear(x, weight, bias)
-    if num_rows == 0:
+    if x.shape[0] == 0:
         return x.new_zeros(0, weight.shape[0])
-    return torch.cat([_linear_tile(x[at : at + MAX_ROWS], weight, bias) for at in range(0, num_rows, MAX_ROWS)])
+    missing = -x.shape[1] % ROW_MULTIPLE
+    if missing:
+        x, weight = F.pad(x, (0, missing)), F.pad(weight, (0, missing))
+    x, weight = aligned(x), aligned(weight)
+    if x.shape[0] <= MAX_ROWS:
+        return _linear_tile(x, weight, bias)
+    return torch.cat([_linear_tile(x[at : at + MAX_ROWS], weight, bias) for at in range(0, x.shape[0], MAX_ROWS)])
 
 
 def _linear_tile(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    missing = MIN_ROWS - x.shape[0]
-    if missing <= 0:
+    missing = padded_rows(x.shape[0], weight) - x.shape[0]
+    if not missing:
         return F.linear(x, weight, bias)
     return F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: x.shape[0]]
+
+
+def padded_rows(num_rows: int, weight: Tensor) -> int:
+    """Rows that a product of `num_rows` rows with this matrix must be padded to."""
+    if weight.dtype != torch.float32:
+        num_rows = max(num_rows, SMALL_PRODUCT // (weight.shape[-1] * weight.shape[-2]) + 1)
+    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous and starting at a multiple of 16 bytes; weights should be so from the start, a mapped file may not."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def batched_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x: [B, M, K], weight: [B, K, N] -> [B, M, N]; rows keep their bits whatever M and B."""
+    num_batches, num_rows, depth = x.shape
+    missing = -depth % ROW_MULTIPLE
+    missing_rows = padded_rows(num_rows, weight) - num_rows
+    if missing or missing_rows:
+        x = F.pad(x, (0, missing, 0, missing_rows))
+    if missing:
+        weight = F.pad(weight, (0, 0, 0, missing))
+    if num_batches == 1:  # threads would share the one product, and cut it otherwise than they cut a batch
+        x, weight = x.expand(2, -1, -1), weight.expand(2, -1, -1)
+    return torch.bmm(aligned(x), weight)[:num_batches, :num_rows]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -43,7 +43,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _blend_range(scaling: RopeScaling, dim: int, theta: float) -> tuple[float, float]:
-    """Pairs below `low` turn at least `beta_fast` times in the original length; those above `high`, at most `beta_slow`."""
+    """Pairs under `low` turn at least `beta_fast` times in the original length, above `high` at most `beta_slow`."""
 
     def pair_that_turns(times: float) -> float:
         return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
