@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import decoders, models
 
 from .chat_template import ChatTemplate, find_template
 from .detokenizer import ByteDecoder, IncrementalDecoder, WindowDecoder, byte_level_bytes
@@ -18,9 +18,13 @@ __all__ = ["IncrementalDecoder", "Tokenizer"]
 
 class Tokenizer:
     def __init__(self, path: str | Path) -> None:
-        """path: a checkpoint directory. The chat template is compiled here, so that a bad one shows at start."""
+        """path: a checkpoint directory. The chat template is compiled here, so that a bad one shows at start.
+
+        Without tokenizer.json the model takes token ids and gives token ids: no token has text.
+        """
         directory = Path(path)
-        self._inner = _load(directory / "tokenizer.json")
+        self.has_text = (directory / "tokenizer.json").is_file()
+        self._inner = _load(directory / "tokenizer.json") if self.has_text else tokenizers.Tokenizer(models.BPE())
         config = _read_config(directory / "tokenizer_config.json")
         self._is_byte_level = isinstance(self._inner.decoder, decoders.ByteLevel)
         self._special_tokens = _special_tokens(config)
@@ -47,6 +51,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Rendered chat text already holds its special tokens: encode it with `add_special_tokens=False`."""
+        if not self.has_text:
+            raise ValueError("the model has no tokenizer: send token ids, or add tokenizer.json to the checkpoint")
         says_nothing = self._add_bos is None and self._add_eos is None
         try:
             ids = self._inner.encode(text, add_special_tokens=add_special_tokens and says_nothing).ids
@@ -99,8 +105,6 @@ class Tokenizer:
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: the checkpoint needs a tokenizer.json")
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception

@@ -65,6 +65,11 @@ class ScriptedFront:
     held: threading.Event = field(default_factory=threading.Event)
     closed: threading.Event = field(default_factory=threading.Event)
 
+    def reset(self) -> None:
+        """For the next test on the same server."""
+        assert self.running == 0, "a sequence was left running"
+        self.__init__(self.tokenizer)  # type: ignore[misc]
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         self.seen.append(request)
         self.running += 1
@@ -84,13 +89,14 @@ class ScriptedFront:
                     return
         finally:
             self.running -= 1
-            self.closed.set()
+            if not self.running:
+                self.closed.set()
 
     def _items(self, request: GenerateRequest) -> Iterator[dict[str, Any]]:
         params = request.params
-        told = self.tokenizer.encode(self.reply(request), add_special_tokens=False)
-        assert self.tokenizer.eos_id is not None
-        ids = [*told, self.tokenizer.eos_id][: params.max_tokens]
+        text = self.reply(request)
+        told = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        ids = [*told, self.tokenizer.eos_id or 0][: params.max_tokens]
         for index, token_id in enumerate(ids or [None]):
             is_end = token_id == self.tokenizer.eos_id
             finish = "stop" if is_end else "length" if index + 1 >= params.max_tokens else None

@@ -2,8 +2,9 @@
 
 import json
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +16,6 @@ from braid.cluster.request import ModelInfo
 from braid.model.tokenizer import Tokenizer
 
 MODEL, CONTEXT = "tiny", 120
-Serve = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -23,28 +23,26 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return small_tokenizer(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def front(tokenizer: Tokenizer) -> ScriptedFront:
-    return ScriptedFront(tokenizer)
+def info(tokenizer: Tokenizer, *notices: str) -> ModelInfo:
+    return ModelInfo(MODEL, CONTEXT, tokenizer.vocab_size, "DeepseekV3ForCausalLM", 1_700_000_000, notices)
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer: Tokenizer) -> Iterator[tuple[ScriptedFront, str]]:
+    front = ScriptedFront(tokenizer)
+    with served(front, info(tokenizer, "use restrictions")) as port:
+        yield front, f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
-def serve(front: ScriptedFront) -> Iterator[Serve]:
-    """Starts a server and gives its address; at the end no sequence may be left running."""
-    with ExitStack() as stack:
-
-        def start(notices: tuple[str, ...] = (), **options: Any) -> str:
-            info = ModelInfo(
-                MODEL, CONTEXT, front.tokenizer.vocab_size, "DeepseekV3ForCausalLM", 1_700_000_000, notices
-            )
-            return f"http://127.0.0.1:{stack.enter_context(served(front, info, **options))}"
-
-        yield start
+def front(server: tuple[ScriptedFront, str]) -> ScriptedFront:
+    server[0].reset()
+    return server[0]
 
 
 @pytest.fixture
-def url(serve: Serve) -> str:
-    return serve()
+def url(server: tuple[ScriptedFront, str], front: ScriptedFront) -> str:
+    return server[1]
 
 
 @pytest.fixture
@@ -90,10 +88,9 @@ def without_identity(body: dict[str, Any]) -> dict[str, Any]:
 # ---- models, health, metrics
 
 
-def test_models_show_the_context_and_the_terms_of_use(serve: Serve) -> None:
-    with openai.OpenAI(base_url=serve(notices=("use restrictions",)) + "/v1", api_key="none") as client:
-        (card,) = client.models.list().data
-        assert client.models.retrieve(MODEL) == card
+def test_models_show_the_context_and_the_terms_of_use(client: openai.OpenAI) -> None:
+    (card,) = client.models.list().data
+    assert client.models.retrieve(MODEL) == card
     assert (card.id, card.created) == (MODEL, 1_700_000_000)
     assert card.model_extra is not None
     assert card.model_extra["max_model_len"] == CONTEXT
@@ -276,6 +273,25 @@ def test_usage_comes_only_when_asked_for(url: str) -> None:
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(tmp_path: Path) -> None:
+    front = ScriptedFront(Tokenizer(tmp_path), reply=lambda request: "")
+    with served(front, ModelInfo(MODEL, CONTEXT, 1000)) as port:
+        url = f"http://127.0.0.1:{port}"
+        asked: dict[str, Any] = {
+            "prompt": [3, 4],
+            "max_tokens": 0,
+            "echo": True,
+            "logprobs": 1,
+            "return_token_ids": True,
+        }
+        (choice,) = post(url, **asked)["choices"]
+        assert choice["logprobs"]["top_logprobs"] == [None, {"token_id:5": -0.6875, "token_id:4": -0.625}]
+        assert choice["prompt_token_ids"] == [3, 4]
+        refused = httpx.post(f"{url}/v1/completions", json={"prompt": "hi"})
+        assert refused.status_code == 400
+        assert "send token ids" in refused.json()["error"]["message"]
+
+
 # ---- chat
 
 
@@ -381,18 +397,19 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(front: ScriptedFront,
     assert len(front.seen) == 1
 
 
-def test_keys_guard_v1_alone(serve: Serve) -> None:
-    url = serve(api_keys=frozenset({"first", "schlüssel"}))
-    for header in [None, "Bearer", "Bearer wrong", "Basic first", "first", "Bearer first2"]:
-        answer = httpx.post(
-            f"{url}/v1/completions", json={"prompt": "hi"}, headers={"authorization": header} if header else {}
-        )
-        assert answer.status_code == 401
-        assert answer.json()["error"]["code"] == "invalid_api_key"
-        assert answer.headers["www-authenticate"] == "Bearer"
-    for key in (b"Bearer first", "bearer schlüssel".encode()):
-        assert httpx.get(f"{url}/v1/models", headers={b"authorization": key}).status_code == 200
-    assert httpx.get(f"{url}/v1/nothing").status_code == 401
-    assert httpx.get(f"{url}/health").status_code == 200
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="no") as client, pytest.raises(openai.AuthenticationError):
-        client.models.list()
+def test_keys_guard_v1_alone(tokenizer: Tokenizer) -> None:
+    keys = frozenset({"first", "schlüssel"})
+    with served(ScriptedFront(tokenizer), info(tokenizer), api_keys=keys) as port:
+        url = f"http://127.0.0.1:{port}"
+        for header in [None, "Bearer", "Bearer wrong", "Basic first", "first", "Bearer first2"]:
+            headers = {"authorization": header} if header else {}
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "hi"}, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for key in (b"Bearer first", "bearer schlüssel".encode()):
+            assert httpx.get(f"{url}/v1/models", headers={b"authorization": key}).status_code == 200
+        assert httpx.get(f"{url}/v1/nothing").status_code == 401
+        assert httpx.get(f"{url}/health").status_code == 200
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="no") as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()

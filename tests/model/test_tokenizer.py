@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from braid.model.detokenizer import BYTE_OF_CHAR, byte_level_bytes
+from braid.model.detokenizer import BYTE_OF_CHAR, WindowDecoder, byte_level_bytes
 from braid.model.tokenizer import Tokenizer
 
 BOS, EOS, USER = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>"  # noqa: RUF001  DeepSeek's own bars
@@ -171,10 +171,11 @@ def test_other_vocabularies_stream_too(tmp_path: Path, make: Any, text: str) -> 
 def test_a_token_without_text_costs_a_window_decoder_nothing(tmp_path: Path) -> None:
     tokenizer = save(tmp_path, words())
     decoder = tokenizer.decoder()
+    assert isinstance(decoder, WindowDecoder)
     the, unknown = tokenizer.encode("the ☃")
     out = [decoder.push(token_id) for token_id in [the, *[unknown] * 50, the]]
     assert "".join(out) == tokenizer.decode([the, the])
-    assert len(decoder._window) <= 2  # type: ignore[attr-defined]
+    assert len(decoder._window) <= 2
 
 
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
@@ -182,9 +183,16 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode("a\ud800b")
 
 
-def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
-        Tokenizer(tmp_path)
+def test_without_a_tokenizer_there_are_ids_and_no_text(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(tmp_path)
+    assert not tokenizer.has_text
+    assert pieces(tokenizer, [1, 2, 3]) == ["", "", "", ""]
+    assert (tokenizer.decode([1, 2]), tokenizer.token_bytes(1), tokenizer.vocab_size) == ("", b"", 0)
+    with pytest.raises(ValueError, match=r"the model has no tokenizer: send token ids"):
+        tokenizer.encode("hi")
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer(tmp_path)
