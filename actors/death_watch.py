@@ -29,7 +29,7 @@ class DeathWatch:
         self._thread.start()
 
     def watch(self, link: Link) -> None:
-        fd = link.duplicate_socket()
+        fd = None if self._epoll.closed else link.duplicate_socket()
         if fd is not None:
             self._links[fd] = link
             self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLHUP)

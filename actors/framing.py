@@ -47,18 +47,6 @@ def _flat(part: Piece) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-def skip(pieces: Sequence[Piece], num_bytes: int) -> list[Piece]:
-    """What is left after the first `num_bytes`, as bytes of its own: the sender may reuse its buffers."""
-    rest: list[Piece] = []
-    for piece in pieces:
-        if num_bytes >= len(piece):
-            num_bytes -= len(piece)
-            continue
-        rest.append(bytes(piece[num_bytes:]))
-        num_bytes = 0
-    return rest
-
-
 class FrameReader:
     """Keeps the half-read frame of one link between two turns."""
 

@@ -14,6 +14,7 @@ import secrets
 import socket
 import struct
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from .links import Hello
@@ -24,6 +25,7 @@ PREFACE = struct.Struct("<5sHBH")  # magic, version, record type, body length; m
 MAGIC = b"BRAID"
 HELLO, PROOF, REFUSAL = 1, 2, 3
 MAX_BODY_BYTES = 4096
+MAX_UNREAD_PARTS = 16
 NONCE_BYTES = 32
 MIN_SECRET_BYTES = 16
 TRANSPORTS: tuple[Transport, ...] = ("shm", "unix", "tcp")
@@ -68,17 +70,21 @@ def welcome(sock: socket.socket, mine: Hello, secret: bytes, deadline: float) ->
         if (theirs.transport == "tcp") != (sock.family != socket.AF_UNIX):
             raise Refused(f"transport {theirs.transport!r} does not go over this socket")
     except Refused as error:
-        try_refuse(sock, str(error), deadline)
+        refuse(sock, str(error), deadline)
         raise
     _send(sock, PROOF, _proof(secret, b"acceptor", their_hello, my_hello), deadline)
     return theirs
 
 
-def try_refuse(sock: socket.socket, reason: str, deadline: float) -> None:
-    try:
+def refuse(sock: socket.socket, reason: str, deadline: float) -> None:
+    """Says why, then lets the other end hang up: closing over unread bytes resets the connection."""
+    with suppress(OSError, Refused):
         _send(sock, REFUSAL, reason.encode()[:MAX_BODY_BYTES], deadline)
-    except Refused:
-        return  # it has gone already
+        sock.shutdown(socket.SHUT_WR)
+        for _ in range(MAX_UNREAD_PARTS):
+            sock.settimeout(remaining(deadline))
+            if time.monotonic() > deadline or not sock.recv(MAX_BODY_BYTES):
+                return
 
 
 def _proof(secret: bytes, maker: bytes, dialer_hello: bytes, acceptor_hello: bytes) -> bytes:

@@ -11,29 +11,25 @@ import os
 import select
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 
-from .framing import FrameReader, frame_pieces, skip
+from .framing import FrameReader, frame_pieces
 from .pipe import PeerGone, Piece, Pipe, Transport
+from .send_queue import SendQueue
 
 DEFAULT_MAX_QUEUED_BYTES = 256 << 20
 
 
-class LinkError(Exception):
-    pass
+class LinkError(Exception): ...
 
 
-class LinkClosed(LinkError):
-    pass
+class LinkClosed(LinkError): ...
 
 
-class LinkFull(LinkError):
-    pass
+class LinkFull(LinkError): ...
 
 
-class DialFailed(LinkError):
-    pass
+class DialFailed(LinkError): ...
 
 
 class HandshakeRejected(LinkError):
@@ -75,10 +71,9 @@ class Link:
         self._pipe = pipe
         self._reader = FrameReader()
         self._lock = threading.Lock()  # guards all below, and the writing half of the pipe
-        self._queue: deque[Piece] = deque()
-        self._queued_bytes = 0
+        self._queue = SendQueue()
         self._epoll: select.epoll | None = None
-        self._is_attached = self._is_closed_here = self._is_released = False
+        self.is_closed_here = self._is_attached = self._is_released = False
 
     def __repr__(self) -> str:
         return f"Link({self.peer.name}/{self.peer.incarnation} over {self.transport}, closed={self.closed!r})"
@@ -89,7 +84,7 @@ class Link:
 
     @property
     def queued_bytes(self) -> int:
-        return self._queued_bytes
+        return self._queue.num_bytes
 
     def send(self, kind: int, meta: bytes, *payload: Piece) -> None:
         """Writes or queues one message, never blocks. All or nothing: after LinkFull nothing of it was sent."""
@@ -99,12 +94,15 @@ class Link:
         with self._lock:
             if self.closed is not None:
                 raise LinkClosed(f"the link to {self.peer.name} is closed: {self.closed}")
-            if self._queued_bytes + num_bytes > self.max_queued_bytes:
-                raise LinkFull(f"{self.peer.name} reads too slowly: {self._queued_bytes} bytes wait for it")
-            written = 0 if self._queue else self._write(pieces)
+            if self._queue.num_bytes + num_bytes > self.max_queued_bytes:
+                raise LinkFull(f"{self.peer.name} reads too slowly: {self._queue.num_bytes} bytes wait for it")
+            try:
+                written = 0 if self._queue else self._pipe.write(pieces)
+            except PeerGone as error:
+                self.mark_gone(str(error))
+                raise LinkClosed(f"the link to {self.peer.name} is closed: {self.closed}") from error
             if written < num_bytes:
-                self._queue.extend(skip(pieces, written))
-                self._queued_bytes += num_bytes - written
+                self._queue.put(pieces, written)
                 self._watch_room(True)
             self.bytes_sent += num_bytes
             self.messages_sent += 1
@@ -112,7 +110,7 @@ class Link:
     def close(self, reason: str = "closed by its owner") -> None:
         """Ends the link; what is still queued is dropped. In a reactor, a Closed event follows."""
         with self._lock:
-            self._is_closed_here = True
+            self.is_closed_here = True
             if self.closed is None:
                 self.closed = reason
             if self._is_released:
@@ -146,7 +144,7 @@ class Link:
 
     def receive(self) -> Message | None:
         """The next whole message that has arrived. Raises PeerGone after the last one."""
-        if self._is_closed_here:
+        if self.is_closed_here:
             raise PeerGone(self.closed)
         try:
             frame = self._reader.read(self._pipe)
@@ -165,29 +163,17 @@ class Link:
     def flush(self) -> None:
         """Writes what is queued as far as there is room."""
         with self._lock:
-            while self._queue and self.closed is None:
+            if self.closed is None:
                 try:
-                    written = self._write(self._queue)
-                except LinkClosed:
-                    return  # the reading side reports it, after the last message
-                if not written:
-                    return
-                self._queued_bytes -= written
-                while written:
-                    piece = self._queue.popleft()
-                    if written < len(piece):
-                        self._queue.appendleft(memoryview(piece)[written:])
-                    written = max(0, written - len(piece))
-            self._watch_room(False)
+                    if self._queue.drain(self._pipe):
+                        self._watch_room(False)
+                except PeerGone as error:  # the reading side tells of it, after the last message
+                    self.mark_gone(str(error))
 
     def mark_gone(self, reason: str) -> None:
         """Death was seen: nothing more can be sent; what has arrived can still be received."""
         if self.closed is None:
             self.closed = f"{self.peer.name} is gone: {reason}"
-
-    @property
-    def is_closed_here(self) -> bool:
-        return self._is_closed_here
 
     def duplicate_socket(self) -> int | None:
         """A second fd of the socket, for a DeathWatch to own; None when the link is already over."""
@@ -203,17 +189,9 @@ class Link:
             return
         self._is_released = True
         self._queue.clear()
-        self._queued_bytes = 0
         self._epoll = None
         self._pipe.hang_up()  # the DeathWatch holds a second fd: closing ours alone would not end the connection
         self._pipe.close()
-
-    def _write(self, pieces: list[Piece] | deque[Piece]) -> int:
-        try:
-            return self._pipe.write(pieces)
-        except PeerGone as error:
-            self.mark_gone(str(error))
-            raise LinkClosed(f"the link to {self.peer.name} is closed: {self.closed}") from error
 
     def _watch_room(self, wants_room: bool) -> None:
         if self._epoll is not None:

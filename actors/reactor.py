@@ -2,6 +2,7 @@
 
 import os
 import select
+import threading
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Reactor:
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._joining: deque[Link] = deque()
         self._fds: dict[Link, list[int]] = {}
         self._links: dict[int, Link] = {}
@@ -49,15 +52,21 @@ class Reactor:
 
     def add(self, link: Link) -> None:
         """The next poll tells Opened, then what the link receives."""
-        link.attach()
-        self._joining.append(link)
+        with self._lock:
+            if self._is_closed:
+                link.close("the reactor closed")
+                return
+            link.attach()
+            self._joining.append(link)
         self.wake()
         if self._death_watch is not None:
             self._death_watch.watch(link)
 
     def wake(self) -> None:
         """Makes the poll under way, or the next one, return at once."""
-        os.eventfd_write(self._wake_fd, 1)
+        with self._lock:  # a closed fd's number may belong to somebody else by now
+            if not self._is_closed:
+                os.eventfd_write(self._wake_fd, 1)
 
     def poll(self, timeout_s: float | None) -> list[Event]:
         """What happened, waiting for it up to `timeout_s` (None: as long as it takes). May return nothing early."""
@@ -83,6 +92,10 @@ class Reactor:
 
     def close(self) -> None:
         """Closes every link and frees every fd; no events follow."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
         for link in [*self._fds, *self._joining]:
             link.close("the reactor closed")
             link.release()

@@ -140,8 +140,10 @@ def torch_compute() -> None:
     torch.mm(torch.ones(700, 700), torch.ones(700, 700))
 
 
-@every_transport
-@pytest.mark.parametrize("compute", [python_compute, torch_compute])
+@pytest.mark.parametrize(
+    ("transport", "compute"),
+    [("shm", torch_compute), ("unix", torch_compute), ("tcp", torch_compute), ("shm", python_compute)],
+)
 def test_death_is_noticed_while_the_owner_computes(
     host: LinkHost, transport: Transport, compute: Callable[[], None]
 ) -> None:
