@@ -29,7 +29,6 @@ NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", PARTIAL_S
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    source: Path
     path: Path
     tensors: tuple[TensorSpec, ...]  # of the source, in its order
     planned: tuple[Planned, ...]
@@ -48,8 +47,7 @@ def convert(
         raise ValueError(f"target {target!r} is unknown: give one of {', '.join(get_args(Target))}")
     checkpoint = Checkpoint(src)
     checkpoint.check(checkpoint.config)
-    plans = [_plan_shard(checkpoint, shard, Path(dst), target, scale_format) for shard in checkpoint.shards]
-    plans = [plan for plan in plans if plan.planned]  # a file of nothing but scales is empty afterwards
+    plans = _plan_shards(checkpoint, Path(dst), target, scale_format)
     _check_destination(checkpoint, Path(dst), plans, target)
     _copy_other_files(checkpoint.path, Path(dst))
     report, done, total = progress or _no_progress, 0, sum(plan.num_bytes for plan in plans)
@@ -68,15 +66,24 @@ def _no_progress(done: int, total: int, file: str) -> None:
     pass
 
 
-def _plan_shard(checkpoint: Checkpoint, shard: Path, dst: Path, target: str, scale_format: ScaleFormat) -> ShardPlan:
-    tensors = tuple(spec for name in checkpoint.names() if (spec := checkpoint.spec(name)).path == shard)
-    planned = tuple(tensor for spec in tensors for tensor in _planned(checkpoint, spec, target))
+def _plan_shards(checkpoint: Checkpoint, dst: Path, target: str, scale_format: ScaleFormat) -> list[ShardPlan]:
+    tensors: dict[Path, list[TensorSpec]] = {shard: [] for shard in checkpoint.shards}
+    for spec in map(checkpoint.spec, checkpoint.names()):
+        tensors[spec.path].append(spec)
+    plans = []
+    for shard, specs in tensors.items():
+        planned = tuple(tensor for spec in specs for tensor in _planned(checkpoint, spec, target))
+        if planned:  # a file of nothing but scales is empty afterwards
+            metadata = {"format": "pt", "converted_from": _fingerprint(shard, specs, target, scale_format)}
+            plans.append(ShardPlan(dst / shard.name, tuple(specs), planned, metadata))
+    return plans
+
+
+def _fingerprint(shard: Path, specs: list[TensorSpec], target: str, scale_format: ScaleFormat) -> str:
     status = shard.stat()
     identity = [target, scale_format, shard.name, status.st_size, status.st_mtime_ns]
-    identity += [[spec.name, spec.dtype, spec.shape, spec.begin] for spec in tensors]
-    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    metadata = {"format": "pt", "converted_from": fingerprint}
-    return ShardPlan(shard, dst / shard.name, tensors, planned, metadata)
+    identity += [[spec.name, spec.dtype, spec.shape, spec.begin] for spec in specs]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def _planned(checkpoint: Checkpoint, spec: TensorSpec, target: str) -> Iterator[Planned]:

@@ -25,9 +25,15 @@ from .parameter_counts import (
     count_stored,
     tensors_of,
 )
-from .tensor_names import expert_tensors
+from .tensor_names import expert_tensors, mtp_layers
 
 WorkerRole = Literal["attention", "expert"]
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    num_bytes: tuple[tuple[str, int], ...]  # element type, bytes
+    has_mtp: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Inventory:
     mtp: MtpCount
     stored: tuple[Stored, ...]
     latent_bytes: int  # of bfloat16 latent cache a token
-    on_disk: tuple[tuple[str, int], ...]  # element type, bytes; empty for a bare config.json
+    on_disk: OnDisk | None  # None for a bare config.json
     licences: Licences
 
     @property
@@ -101,9 +107,10 @@ def render(inventory: Inventory) -> RenderableType:
     ]
     if mtp.unique:
         lines.insert(1, f"{_count(mtp.unique)} unique in the MTP module, {_count(mtp.in_layers)} in its decoder layer")
-    if inventory.on_disk:
-        sizes = ", ".join(f"{_size(num_bytes)} {dtype}" for dtype, num_bytes in inventory.on_disk)
-        lines.insert(-1, f"on disk: {sizes}; every tensor is there and has the right shape")
+    if inventory.on_disk is not None:
+        sizes = ", ".join(f"{_size(num_bytes)} {dtype}" for dtype, num_bytes in inventory.on_disk.num_bytes)
+        without = "" if inventory.on_disk.has_mtp or not mtp.unique else ", without the MTP module"
+        lines.insert(-1, f"on disk: {sizes}{without}; every tensor has the right shape")
     notices = [Text(notice, style="bold yellow") for notice in inventory.licences.notices]
     title = Text(f"{architecture}, {inventory.path}", style="bold")
     return Group(title, _parts_table(inventory), _bytes_table(inventory), *lines, *notices)
@@ -148,12 +155,13 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
     return f"{number:.{digits}f}{units[power]}"
 
 
-def _on_disk(path: Path, config: ModelConfig) -> tuple[tuple[str, int], ...]:
+def _on_disk(path: Path, config: ModelConfig) -> OnDisk | None:
     if not path.is_dir() or not (any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))):
-        return ()
+        return None
     checkpoint = Checkpoint(path)
     checkpoint.check(config)
     sizes: dict[str, int] = {}
     for spec in map(checkpoint.spec, checkpoint.names()):
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_bytes
-    return tuple(sorted(sizes.items(), key=lambda item: -item[1]))
+    has_mtp = any(checkpoint.has(f"model.layers.{layer}.eh_proj.weight") for layer in mtp_layers(config))
+    return OnDisk(tuple(sorted(sizes.items(), key=lambda item: -item[1])), has_mtp)

@@ -40,7 +40,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 def test_deepseek_v3_from_its_config_alone() -> None:
     inventory = describe(DATA / "deepseek_v3_config.json")
     assert inventory.latent_bytes == 70_272
-    assert inventory.on_disk == ()
+    assert inventory.on_disk is None
     text = shown(inventory)
     for said in (
         "671B parameters, 36.6B activated a token (37.6B counting the whole embedding table)",
@@ -57,14 +57,23 @@ def test_a_checkpoint_says_what_lies_on_disk_and_its_licences(write_checkpoint: 
     (path / "LICENSE-MODEL").write_text("DEEPSEEK LICENSE AGREEMENT")
     inventory = describe(path)
     checkpoint = Checkpoint(path)
-    assert sum(num_bytes for _, num_bytes in inventory.on_disk) == sum(
-        checkpoint.spec(name).num_bytes for name in checkpoint.names()
-    )
-    assert dict(inventory.on_disk).keys() == {"F8_E4M3", "BF16", "F32"}
+    assert inventory.on_disk is not None
+    sizes = dict(inventory.on_disk.num_bytes)
+    assert sum(sizes.values()) == sum(checkpoint.spec(name).num_bytes for name in checkpoint.names())
+    assert sizes.keys() == {"F8_E4M3", "BF16", "F32"}
     text = shown(inventory)
     assert "licence files: LICENSE-MODEL" in text
     assert "This model carries use restrictions: read LICENSE-MODEL" in text
-    assert "every tensor is there" in text
+    assert "every tensor has the right shape" in text
+    assert "without the MTP module" not in text
+
+
+def test_a_checkpoint_without_its_mtp_module_is_said_to_be_so(write_checkpoint: WriteCheckpoint) -> None:
+    def drop_module(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if name.startswith("model.layers.3.")]:
+            del state[name]
+
+    assert "BF16, 64 B F32, without the MTP module" in shown(describe(write_checkpoint(edit=drop_module)))
 
 
 def test_a_damaged_checkpoint_is_not_described_as_whole(write_checkpoint: WriteCheckpoint) -> None:
@@ -72,7 +81,7 @@ def test_a_damaged_checkpoint_is_not_described_as_whole(write_checkpoint: WriteC
     (path / "model-00001-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="1 of 3 files are missing"):
         describe(path)
-    assert describe(path / "config.json").on_disk == ()
+    assert describe(path / "config.json").on_disk is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
