@@ -87,10 +87,9 @@ async def _answer(request: Request, kind: type[AnyBody], front: Front, info: Mod
         raw = await _read_body(request, limit)
         call = Call(uuid.uuid4().hex, int(time.time()), _carrier(request))
         body, exchange = await _understand(raw, kind, front, info, call)
-        headers = {"x-request-id": exchange.id}
         if body.stream:
-            return EventStream(chunks(front, exchange), headers)
-        return _json(await unless_disconnected(request.receive, whole(front, exchange)), headers)
+            return EventStream(chunks(front, exchange))
+        return _json(await unless_disconnected(request.receive, whole(front, exchange)))
     except (ClientGone, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it; access logs do
 
@@ -134,8 +133,8 @@ def _carrier(request: Request) -> dict[str, str]:
     return {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
 
 
-def _json(body: Any, headers: dict[str, str] | None = None) -> Response:
-    return Response(dump(body), media_type="application/json", headers=headers)
+def _json(body: Any) -> Response:
+    return Response(dump(body), media_type="application/json")
 
 
 class ApiKeys:

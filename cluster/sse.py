@@ -58,14 +58,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        chunks: AsyncGenerator[dict[str, Any], None],
-        headers: dict[str, str],
-        send_timeout_s: float = SEND_TIMEOUT_S,
-    ) -> None:
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], send_timeout_s: float = SEND_TIMEOUT_S) -> None:
         # x-accel-buffering: proxies must not gather events
-        super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
         self._send_timeout_s = send_timeout_s

@@ -56,9 +56,9 @@ def test_a_whole_stream_and_one_cut_by_the_client(is_endless: bool) -> None:
             return {"type": "http.disconnect"}
         return await never()
 
-    asyncio.run(EventStream(source.chunks(), {"x-a": "b"})({"type": "http"}, receive, send))
+    asyncio.run(EventStream(source.chunks())({"type": "http"}, receive, send))
     assert source.is_closed
-    assert (b"x-a", b"b") in sent[0]["headers"]
+    assert (b"cache-control", b"no-cache") in sent[0]["headers"]
     assert [message["body"] for message in sent[1:3]] == [b'data: {"number":0}\n\n', b'data: {"number":1}\n\n']
     rest = [] if is_endless else [b"data: [DONE]\n\n", b""]
     assert [message["body"] for message in sent[3:]] == rest
@@ -74,7 +74,7 @@ def test_a_client_that_stops_reading_is_gone(fault: str) -> None:
                 raise OSError("closed")
             await asyncio.Event().wait()
 
-    asyncio.run(EventStream(source.chunks(), {}, send_timeout_s=0.01)({"type": "http"}, never, send))
+    asyncio.run(EventStream(source.chunks(), send_timeout_s=0.01)({"type": "http"}, never, send))
     assert source.is_closed
 
 
@@ -87,7 +87,7 @@ def test_cancelling_the_server_s_task_closes_the_source() -> None:
         async def send(message: Any) -> None:
             begun.set()
 
-        task = asyncio.ensure_future(EventStream(source.chunks(), {})({"type": "http"}, never, send))
+        task = asyncio.ensure_future(EventStream(source.chunks())({"type": "http"}, never, send))
         await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
