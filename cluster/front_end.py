@@ -22,29 +22,8 @@ from .admission import BUSY_PAUSE_S, Admission, Ticket
 from .flight import Flight, request_span
 from .front_links import FrontLinks, Joined, Left, News, Told
 from .metrics import Metrics
-from .request import (
-    Delta,
-    FrontEndSettings,
-    GenerateRequest,
-    ModelInfo,
-    RefusalCode,
-    RequestRefused,
-    TokenLogprob,
-    Usage,
-    check_request,
-)
+from .request import Delta, FrontEndSettings, GenerateRequest, RefusalCode, RequestRefused, check_request
 from .streams import OutputStream, TokenItem
-
-__all__ = [
-    "Delta",
-    "FrontEnd",
-    "FrontEndSettings",
-    "GenerateRequest",
-    "ModelInfo",
-    "RequestRefused",
-    "TokenLogprob",
-    "Usage",
-]
 
 RETRY_AFTER_S = 1.0
 

@@ -19,6 +19,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
+        self.resources: list[dict[str, str]] = []  # of each batch: who sent it
         self._arrived = threading.Condition()
         collector = self
 
@@ -50,6 +51,7 @@ class Collector:
     def take(self, request: ExportTraceServiceRequest) -> None:
         with self._arrived:
             for resource in request.resource_spans:
+                self.resources.append({pair.key: pair.value.string_value for pair in resource.resource.attributes})
                 for scope in resource.scope_spans:
                     self.spans.extend(scope.spans)
             self._arrived.notify_all()

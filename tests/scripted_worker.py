@@ -18,7 +18,8 @@ from braid.actors.listener import Listener
 from braid.actors.messages import Kind, Submit, TokenItem, pack, unpack
 from braid.actors.reactor import Closed, Opened, Reactor
 from braid.actors.view import ClusterView, Role, WorkerInfo
-from braid.cluster.front_end import FrontEnd, FrontEndSettings
+from braid.cluster.front_end import FrontEnd
+from braid.cluster.request import FrontEndSettings
 from braid.model.tokenizer import Tokenizer
 
 SECRET = b"the secret of a test cluster, 32 b"
@@ -166,5 +167,5 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(0.002)
 
 
-def run(scenario: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scenario, 30))
+def run(scenario: Coroutine[Any, Any, None], timeout_s: float = 30.0) -> None:
+    asyncio.run(asyncio.wait_for(scenario, timeout_s))

@@ -10,7 +10,8 @@ import pytest
 from scripted_worker import ScriptedWorker, front_of, run, until, view_of
 
 from braid.actors.messages import Submit, TokenItem
-from braid.cluster.front_end import Delta, FrontEnd, GenerateRequest, RequestRefused, Usage
+from braid.cluster.front_end import FrontEnd
+from braid.cluster.request import Delta, GenerateRequest, RequestRefused, Usage
 from braid.model.sampling_params import SamplingParams
 from braid.model.tokenizer import Tokenizer
 

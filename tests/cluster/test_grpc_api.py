@@ -17,8 +17,9 @@ from scripted_worker import ScriptedWorker, front_of, run, until, view_of
 from braid.actors.messages import Submit, TokenItem
 from braid.cluster import braid_v1_pb2 as pb
 from braid.cluster.braid_v1_pb2_grpc import BraidStub
-from braid.cluster.front_end import FrontEnd, ModelInfo
+from braid.cluster.front_end import FrontEnd
 from braid.cluster.grpc_api import SERVICE, serve_grpc
+from braid.cluster.request import ModelInfo
 from braid.model.sampling_params import SamplingParams
 from braid.model.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from scripted_worker import ScriptedWorker, front_of, run
 
 from braid.actors.messages import TokenItem
-from braid.cluster.front_end import GenerateRequest
 from braid.cluster.metrics import Metrics
+from braid.cluster.request import GenerateRequest
 from braid.model.sampling_params import SamplingParams
 from braid.model.tokenizer import Tokenizer
 

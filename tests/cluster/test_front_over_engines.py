@@ -1,0 +1,114 @@
+"""The front end against real engines in real processes: tokens, cancellation and death over the whole path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+from generators import make_hf_model, save_hf_model
+from processes import SECRET, ProcessCluster
+from scripted_worker import run, until
+
+from braid.cluster.front_end import FrontEnd
+from braid.cluster.request import FrontEndSettings, GenerateRequest, RequestRefused
+from braid.model.sampling_params import SamplingParams
+from braid.model.tokenizer import Tokenizer
+
+PROMPTS = [tuple((7 * i * j + 3 * i + j) % 150 + 3 for j in range(length)) for i, length in enumerate((1, 63, 64, 130))]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
+    model, _ = make_hf_model("v3", seed=11)
+    checkpoint = save_hf_model(model, tmp_path_factory.mktemp("checkpoint"))
+    run_dir = tmp_path_factory.mktemp("run")
+    made = ProcessCluster(checkpoint, run_dir, decode=2, experts="colocated", kv_tokens=1024)
+    yield made
+    made.front.close()
+    for name, worker in made.workers.items():
+        if name != "decode-1":  # killed by the last test
+            worker.close()
+
+
+@asynccontextmanager
+async def front_over(cluster: ProcessCluster, tokenizer: Tokenizer) -> AsyncIterator[FrontEnd]:
+    settings = FrontEndSettings("front-1", SECRET, "tiny", cluster.config.vocab_size, max_model_len=512)
+    front = FrontEnd(settings, tokenizer)
+    try:
+        await front.apply(cluster.view)
+        linked = sum(not worker.info or worker.process.is_alive() for worker in cluster.workers.values())
+        await until(lambda: len(front.load()["workers"]) == linked, "every worker's load")
+        yield front
+        await until(lambda: is_idle(front), "all blocks to come back")
+    finally:
+        await front.close()
+
+
+def is_idle(front: FrontEnd) -> bool:
+    workers = front.load()["workers"]
+    return all(load["free_blocks"] == load["total_blocks"] and not load["sequences"] for load in workers)
+
+
+def ask(prompt: tuple[int, ...], max_tokens: int = 12, seed: int = 5) -> GenerateRequest:
+    return GenerateRequest(prompt, SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True))
+
+
+async def tokens(front: FrontEnd, request: GenerateRequest) -> list[int]:
+    return [token_id async for delta in front.generate(request) for token_id in delta.token_ids]
+
+
+def test_the_same_tokens_alone_and_with_many_more_than_fit(cluster: ProcessCluster, byte_tokenizer: Tokenizer) -> None:
+    async def scenario() -> None:
+        async with front_over(cluster, byte_tokenizer) as front:
+            alone = [await tokens(front, ask(prompt)) for prompt in PROMPTS]
+            assert [len(answer) for answer in alone] == [12] * len(PROMPTS)
+            # 32 sequences over 2 x 16 blocks: most of them wait
+            together = await asyncio.gather(*(tokens(front, ask(prompt)) for prompt in PROMPTS * 8))
+            assert together == alone * 8
+
+    run(scenario(), 120.0)
+
+
+def test_cancelled_at_any_moment_everything_comes_back(cluster: ProcessCluster, byte_tokenizer: Tokenizer) -> None:
+    async def cancel_after(front: FrontEnd, prompt: tuple[int, ...], num_deltas: int) -> None:
+        async with aclosing(front.generate(ask(prompt, max_tokens=200))) as deltas:
+            for _ in range(num_deltas):
+                await anext(deltas)
+
+    async def scenario() -> None:
+        async with front_over(cluster, byte_tokenizer) as front:
+            await asyncio.gather(*(cancel_after(front, PROMPTS[place % 4], place % 5) for place in range(20)))
+            tasks = [asyncio.create_task(tokens(front, ask(PROMPTS[3], 200))) for _ in range(8)]
+            for task in tasks:
+                await until(lambda: not is_idle(front), "work")
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    run(scenario(), 120.0)
+
+
+def test_a_killed_decode_worker_ends_its_requests_and_no_other(
+    cluster: ProcessCluster, byte_tokenizer: Tokenizer
+) -> None:
+    async def scenario() -> None:
+        async with front_over(cluster, byte_tokenizer) as front:
+            expected = await tokens(front, ask(PROMPTS[2], 150))
+            streams = [front.generate(ask(PROMPTS[2], 150)) for _ in range(4)]
+            begun = [list((await anext(stream)).token_ids) for stream in streams]
+            homes = [flight.ticket.placement.decode for flight in front._flights.values() if flight.ticket.placement]
+            assert sorted(homes) == ["decode-0", "decode-0", "decode-1", "decode-1"]
+            await asyncio.to_thread(cluster.workers["decode-1"].kill)
+            for stream, begin, home in zip(streams, begun, homes, strict=True):
+                if home == "decode-1":
+                    with pytest.raises(RequestRefused, match="decode worker decode-1 was lost"):
+                        await drain(stream)
+                else:
+                    assert begin + await drain(stream) == expected
+
+    run(scenario(), 120.0)
+
+
+async def drain(stream: AsyncIterator[object]) -> list[int]:
+    return [token_id async for delta in stream for token_id in delta.token_ids]  # type: ignore[attr-defined]
