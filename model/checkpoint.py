@@ -50,11 +50,12 @@ class Checkpoint:
         self.config = _read_config(self.path)
         quantization = self.config.quantization
         self.block = (128, 128) if quantization is None else quantization.weight_block_size
-        self.shards = _shard_paths(self.path)
+        weight_map = _read_weight_map(self.path)
+        self.shards = _shard_paths(self.path, weight_map)
         self._specs: dict[str, TensorSpec] = {}
         for shard in self.shards:
             self._specs.update(read_header(shard).tensors)
-        _check_index(self.path, self._specs)
+        _check_index(self.path, weight_map, self._specs)
         self._names_read: set[str] = set()
 
     def names(self) -> list[str]:
@@ -189,15 +190,14 @@ def _read_weight_map(path: Path) -> dict[str, str] | None:
         return None
     try:
         weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+        if not weight_map or not all(Path(file).name == file for file in set(weight_map.values())):
             raise ValueError("weight_map must map tensor names to file names in the same folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index ({error!r}): download it again") from error
     return dict(weight_map)
 
 
-def _shard_paths(path: Path) -> tuple[Path, ...]:
-    weight_map = _read_weight_map(path)
+def _shard_paths(path: Path, weight_map: Mapping[str, str] | None) -> tuple[Path, ...]:
     if weight_map is None:
         found = [path / SINGLE_NAME] if (path / SINGLE_NAME).exists() else sorted(path.glob("*.safetensors"))
         if len(found) != 1:
@@ -206,18 +206,19 @@ def _shard_paths(path: Path) -> tuple[Path, ...]:
                 "safetensors files and its index (pickled .bin weights are not read)"
             )
         return tuple(found)
-    for name, file in weight_map.items():
-        if not (path / file).is_file():
-            missing = sorted({other for other in weight_map.values() if not (path / other).is_file()})
-            raise CheckpointError(
-                f"{path / INDEX_NAME} names {file} (for {name!r}), which is not there; {len(missing)} of "
-                f"{len(set(weight_map.values()))} files are missing: download them again"
-            )
-    return tuple(path / file for file in sorted(set(weight_map.values())))
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (path / file).is_file()]
+    if missing:
+        name = next(name for name, file in weight_map.items() if file == missing[0])
+        raise CheckpointError(
+            f"{path / INDEX_NAME} names {missing[0]} (for {name!r}), which is not there; {len(missing)} of "
+            f"{len(files)} files are missing: download them again"
+        )
+    return tuple(path / file for file in files)
 
 
-def _check_index(path: Path, specs: Mapping[str, TensorSpec]) -> None:
-    for name, file in (_read_weight_map(path) or {}).items():
+def _check_index(path: Path, weight_map: Mapping[str, str] | None, specs: Mapping[str, TensorSpec]) -> None:
+    for name, file in (weight_map or {}).items():
         if name not in specs or specs[name].path.name != file:
             found = f"is in {specs[name].path.name}" if name in specs else "is in no file"
             raise CheckpointError(
