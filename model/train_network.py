@@ -127,7 +127,7 @@ def sequence_balance_loss(scores: Tensor, counts: Tensor) -> Tensor:
     return (frequency * probability).sum(1).mean()
 
 
-def padded_slots(expert_of_slot: Tensor, load: Tensor, multiple: int = 128) -> tuple[Tensor, list[int]]:
+def padded_slots(expert_of_slot: Tensor, load: Tensor, multiple: int) -> tuple[Tensor, list[int]]:
     """Returns the slots sorted by expert, each expert's run padded with -1, and the padded run lengths.
 
     oneDNN compiles a kernel per shape and would otherwise meet a new shape for every expert and step.
@@ -153,7 +153,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         topk_idx, topk_weights = self.gate(x)
         rows = x.flatten(0, 1)
-        slots, sizes = padded_slots(topk_idx.flatten(), self.gate.load.long())
+        slots, sizes = padded_slots(topk_idx.flatten(), self.gate.load.long(), 128 if self.training else 1)
         token, is_real = slots.clamp(min=0) // topk_idx.shape[1], slots >= 0
         parts = torch.split(rows.index_select(0, token), sizes)
         out = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
