@@ -1,7 +1,7 @@
 """Multi-token prediction: the module that guesses the token after next (DeepSeek-V3 paper, section 2.2).
 
-For the row at position i it reads `hidden[i]` (the main model's output AFTER `model.norm`, see network_weights.py) and the
-embedding of token i+1, and its logits are for token i+2. It keeps a latent cache of its own, one layer, under the same
+For the row at position i it reads `hidden[i]` (the main model's output AFTER `model.norm`, see network_weights.py) and
+the embedding of token i+1; its logits are for token i+2. It keeps a latent cache of its own, one layer, under the same
 block tables and positions as the main one; position i is written when token i+1 is known.
 """
 
