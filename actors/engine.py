@@ -92,7 +92,7 @@ class Engine:
             logits[rows],
             [sequence.params for sequence in sequences],
             [len(sequence.tokens) for sequence in sequences],
-            [sequence.banned(eos) for sequence in sequences],
+            [s.params.banned_ids(s.num_generated, eos) for s in sequences],
         )
         for sequence, token in zip(sequences, tokens, strict=True):
             self.requests.append(sequence, token)

@@ -63,16 +63,8 @@ class Sequence:
         """Positions that may ever be written: the last generated token never enters the cache."""
         return self.num_prompt + max(self.params.max_tokens - 1, 0)
 
-    def stop_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Tokens that end this sequence."""
-        return self.params.stop_token_ids if self.params.ignore_eos else (*eos_token_ids, *self.params.stop_token_ids)
-
-    def banned(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Tokens that must not come next: the ending ones until `min_tokens` are there."""
-        return self.stop_ids(eos_token_ids) if self.num_generated < self.params.min_tokens else ()
-
     def finish_reason(self, eos_token_ids: tuple[int, ...]) -> Literal["stop", "length"] | None:
         """Whether the newest token ends the sequence."""
-        if self.num_generated and self.tokens[-1] in self.stop_ids(eos_token_ids):
+        if self.num_generated and self.tokens[-1] in self.params.stop_ids(eos_token_ids):
             return "stop"
         return "length" if self.num_generated >= self.params.max_tokens else None
