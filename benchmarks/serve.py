@@ -102,7 +102,7 @@ async def rounds(targets: list[Target], args: argparse.Namespace) -> dict[str, d
     channels = {t.name: grpc.aio.insecure_channel(f"127.0.0.1:{t.grpc_port}") for t in targets}
     for round_number in track(range(args.repeats + 1), description="rounds"):  # the first one warms up
         for target in targets:
-            stub = braid_v1_pb2_grpc.BraidStub(channels[target.name])  # type: ignore[no-untyped-call]
+            stub = braid_v1_pb2_grpc.BraidStub(channels[target.name])
             found = {"ttft_1024_ms": 1e3 * (await one(stub, LONG_PROMPT, 1, round_number))[0]}
             for concurrency in args.concurrency:
                 found |= await load(stub, concurrency, round_number)

@@ -58,8 +58,8 @@ class RunningCluster:
         return status
 
     def worker(self, name: str) -> dict[str, Any]:
-        (found,) = [worker for worker in self.status()["workers"] if worker["name"] == name]
-        return found
+        workers: dict[str, dict[str, Any]] = {worker["name"]: worker for worker in self.status()["workers"]}
+        return workers[name]
 
     def wait_baseline(self, timeout_s: float = 30.0) -> dict[str, Any]:
         """Every live attention worker has all its blocks free and no sequence; the invariant after any test."""
