@@ -15,7 +15,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from . import braid_v1_pb2 as pb
-from . import braid_v1_pb2_grpc as services
 from .front_end import FrontEnd
 from .grpc_words import read_request, write_delta, write_info
 from .request import ModelInfo, RequestRefused
@@ -39,9 +38,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GrpcServer:
     """A running server; `port` is the one that was bound."""
 
-    def __init__(self, server: grpc.aio.Server, port: int, mirror: asyncio.Task[None]) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, port: int, statuses: health.aio.HealthServicer, mirror: asyncio.Task[None]
+    ) -> None:
         self.port = port
         self._server = server
+        self._statuses = statuses
         self._mirror = mirror
 
     async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
@@ -49,6 +51,7 @@ class GrpcServer:
         self._mirror.cancel()
         with suppress(asyncio.CancelledError):
             await self._mirror
+        await self._statuses.enter_graceful_shutdown()  # NOT_SERVING, while calls under way go on
         await self._server.stop(grace_s)
 
 
@@ -69,13 +72,13 @@ async def serve_grpc(
     ]
     server = grpc.aio.server(interceptors=[_ApiKeys(api_keys)] if api_keys else [], options=options)
     bound = _bind(server, host, port)
-    services.add_BraidServicer_to_server(_Braid(front, model_info), server)  # type: ignore[no-untyped-call]
+    server.add_generic_rpc_handlers((_Braid(front, model_info).handlers(),))
     statuses = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await _set_health(statuses, front.ready)
     await server.start()
-    return GrpcServer(server, bound, asyncio.create_task(_mirror_readiness(front, statuses)))
+    return GrpcServer(server, bound, statuses, asyncio.create_task(_mirror_readiness(front, statuses)))
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
@@ -115,30 +118,35 @@ async def _set_health(statuses: health.aio.HealthServicer, is_ready: bool) -> No
         await statuses.set(service, status)
 
 
-class _Braid(services.BraidServicer):
+class _Braid:
     def __init__(self, front: FrontEnd, info: ModelInfo) -> None:
         self.front = front
         self.info = info
 
-    async def Generate(self, wire: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Generate reads its bytes itself: gRPC would answer UNKNOWN to bytes that are no GenerateRequest."""
+        generate: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
+            self.generate, response_serializer=pb.GenerateResponse.SerializeToString
+        )
+        get_model_info: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
+            self.get_model_info, pb.GetModelInfoRequest.FromString, pb.ModelInfo.SerializeToString
+        )
+        handlers = {"Generate": generate, "GetModelInfo": get_model_info}
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    async def generate(self, message: bytes, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         metadata = dict(context.invocation_metadata() or ())
         carrier = {name: str(metadata[name]) for name in TRACE_HEADERS if name in metadata}
+        timeout_s = context.time_remaining()
         try:
-            if wire.model not in ("", self.info.name):
-                raise RequestRefused(
-                    "not_found", f"no model {wire.model!r} here: this cluster serves {self.info.name!r}"
-                )
-            timeout_s = context.time_remaining()
-            request = await read_request(wire, self.front.tokenizer, self.info, carrier, timeout_s)
+            request = await read_request(message, self.front.tokenizer, self.info, carrier, timeout_s)
             async with aclosing(self.front.generate(request)) as deltas:  # a cancelled call cancels the request
                 async for delta in deltas:
                     yield write_delta(delta)
-        except ValueError as error:
-            await _refuse(context, RequestRefused("invalid", str(error)))
         except RequestRefused as refused:
             await _refuse(context, refused)
 
-    async def GetModelInfo(self, wire: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
+    async def get_model_info(self, wire: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
         return write_info(self.info)
 
 

@@ -1,4 +1,4 @@
-"""braid.v1 messages to the front end's words and back. Bad input raises ValueError."""
+"""braid.v1 messages to the front end's words and back. Bad input raises RequestRefused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import secrets
 from collections.abc import Iterable, Mapping
 
+from google.protobuf.message import DecodeError
+
 from ..model.sampling_params import MAX_SEED, SamplingParams
 from ..model.tokenizer import Tokenizer
 from . import braid_v1_pb2 as pb
-from .request import Delta, GenerateRequest, ModelInfo, Operation, TokenLogprob
+from .request import Delta, GenerateRequest, ModelInfo, Operation, RequestRefused, TokenLogprob
 
 LONG_TEXT = 4096  # characters; encoding more would hold up every stream of this front end
 FINISH_REASONS = {
@@ -20,9 +22,15 @@ FINISH_REASONS = {
 
 
 async def read_request(
-    wire: pb.GenerateRequest, tokenizer: Tokenizer, info: ModelInfo, carrier: Mapping[str, str], timeout_s: float | None
+    message: bytes, tokenizer: Tokenizer, info: ModelInfo, carrier: Mapping[str, str], timeout_s: float | None
 ) -> GenerateRequest:
-    prompt_ids = await _prompt_ids(wire, tokenizer)
+    try:
+        wire = pb.GenerateRequest.FromString(message)
+        if wire.model not in ("", info.name):
+            raise RequestRefused("not_found", f"no model {wire.model!r} here: this cluster serves {info.name!r}")
+        prompt_ids = await _prompt_ids(wire, tokenizer)
+    except (DecodeError, ValueError) as error:
+        raise RequestRefused("invalid", str(error)) from error
     params = read_sampling(wire.sampling, max(info.max_model_len - len(prompt_ids), 1))
     operation: Operation = "chat" if wire.WhichOneof("input") == "messages" else "text_completion"
     stop = tuple(wire.sampling.stop)

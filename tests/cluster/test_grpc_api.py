@@ -172,6 +172,20 @@ def test_bad_input_is_told_why(
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("message", "told"), [(b"\x1a\x02\xff\xfe", "bad UTF-8"), (b"\xff\xff\xff", "type 'braid.v1.GenerateRequest'")]
+)
+def test_bytes_that_are_no_request(byte_tokenizer: Tokenizer, message: bytes, told: str) -> None:
+    async def scenario() -> None:
+        async with front_of(byte_tokenizer) as front, channel_to(front) as channel:
+            generate: Any = channel.unary_stream(f"/{SERVICE}/Generate")
+            error = await refusal(generate(message))
+            assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert told in (error.details() or "")
+
+    run(scenario())
+
+
 def test_busy_and_unavailable_say_when_to_come_back(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
     async def scenario() -> None:
         worker = ScriptedWorker(run_dir, "both-0", total_blocks=1, free_blocks=1)
@@ -204,6 +218,29 @@ def test_health_follows_the_workers(run_dir: Path, byte_tokenizer: Tokenizer) ->
             worker.die()
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             watch.cancel()
+
+    run(scenario())
+
+
+def test_closing_lets_calls_end_and_says_not_serving(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
+    async def scenario() -> None:
+        worker = ScriptedWorker(run_dir, "both-0")
+        async with front_of(byte_tokenizer, worker) as front:
+            server = await serve_grpc(front, "127.0.0.1", 0, INFO)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                health: Any = health_pb2_grpc.HealthStub(channel)
+                watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+                stub: Any = BraidStub(channel)
+                call = stub.Generate(say("x"))
+                submit = await submitted(worker)
+                closing = asyncio.create_task(server.close(grace_s=20.0))
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+                watch.cancel()
+                worker.say(TokenItem(submit.id, 0, [65], finish="length"))
+                assert (await call.read()).text == "A"
+                assert await call.read() is grpc.aio.EOF
+                await closing
 
     run(scenario())
 
