@@ -70,7 +70,7 @@ class Link:
         self.last_received = time.monotonic()
         self._pipe = pipe
         self._reader = FrameReader()
-        self._lock = threading.Lock()  # guards all below, and the writing half of the pipe
+        self._lock = threading.RLock()  # guards all below, and the writing half of the pipe
         self._queue = SendQueue()
         self._epoll: select.epoll | None = None
         self.is_closed_here = self._is_attached = self._is_released = False
@@ -99,7 +99,7 @@ class Link:
             try:
                 written = 0 if self._queue else self._pipe.write(pieces)
             except PeerGone as error:
-                self.mark_gone(str(error))
+                self._give_up(error)
                 raise LinkClosed(f"the link to {self.peer.name} is closed: {self.closed}") from error
             if written < num_bytes:
                 self._queue.put(pieces, written)
@@ -117,7 +117,7 @@ class Link:
                 return
             self._pipe.hang_up()  # wakes the peer, our reactor and our DeathWatch
             if not self._is_attached:
-                self._release()
+                self.release()
 
     # For the reactor and the death watch only, from here on.
 
@@ -167,8 +167,8 @@ class Link:
                 try:
                     if self._queue.drain(self._pipe):
                         self._watch_room(False)
-                except PeerGone as error:  # the reading side tells of it, after the last message
-                    self.mark_gone(str(error))
+                except PeerGone as error:
+                    self._give_up(error)
 
     def mark_gone(self, reason: str) -> None:
         """Death was seen: nothing more can be sent; what has arrived can still be received."""
@@ -182,16 +182,17 @@ class Link:
 
     def release(self) -> None:
         with self._lock:
-            self._release()
+            if not self._is_released:
+                self._is_released = True
+                self._queue.clear()
+                self._epoll = None
+                self._pipe.hang_up()  # a DeathWatch has a second fd: closing ours alone would not end it
+                self._pipe.close()
 
-    def _release(self) -> None:
-        if self._is_released:
-            return
-        self._is_released = True
-        self._queue.clear()
-        self._epoll = None
-        self._pipe.hang_up()  # the DeathWatch holds a second fd: closing ours alone would not end the connection
-        self._pipe.close()
+    def _give_up(self, error: PeerGone) -> None:
+        """Writing failed. The reactor tells of it when it meets the end, after the last message."""
+        self.mark_gone(str(error))
+        self._pipe.hang_up()
 
     def _watch_room(self, wants_room: bool) -> None:
         if self._epoll is not None:

@@ -14,7 +14,7 @@ MAX_PIECES = 512  # the kernel takes at most 1,024 in one sendmsg
 BUFFER_BYTES = 1 << 20
 WATCHED = select.EPOLLIN | select.EPOLLRDHUP
 KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
-USER_TIMEOUT_MS = 10_000
+USER_TIMEOUT_MS = 20_000  # also ends the link to a peer that is alive and has had no room for our bytes this long
 
 
 class SocketPipe:
@@ -92,7 +92,7 @@ class SocketPipe:
 
 
 def tune_tcp(sock: socket.socket) -> None:
-    """Small messages leave at once; a host that vanished without a word is noticed in about 10 s."""
+    """Small messages leave at once; a host that vanished without a word is noticed in 20 s."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from link_peer import ECHO, TIMEOUT_S, TRANSPORTS, LinkHost
+from link_peer import ECHO, RING_BYTES, TIMEOUT_S, TRANSPORTS, LinkHost
 
 from braid.actors.links import Link, LinkClosed
 from braid.actors.reactor import MAX_MESSAGES_A_TURN, Closed, Opened, Reactor, Received
@@ -139,6 +139,14 @@ def test_a_peer_that_breaks_the_framing_is_cut_off(host: LinkHost, far: Reactor,
     dialed._pipe.write([b"neither a header nor anything like one"])
     assert "not a frame of version 1" in host.until_closed(near)
     assert far.poll(TIMEOUT_S)
+
+
+def test_a_peer_that_gives_back_room_it_never_had_is_cut_off(host: LinkHost, far: Reactor) -> None:
+    near, dialed = host.dial("shm", far)
+    os.eventfd_write(dialed._pipe._in.room_fd, 1 << 40)
+    with pytest.raises(LinkClosed, match="gave back more bytes than its ring holds"):
+        near.send(ECHO, b"", bytes(2 * RING_BYTES))
+    assert "gave back more bytes" in host.until_closed(near)
 
 
 def num_fds_and_threads() -> tuple[int, int]:
