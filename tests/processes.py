@@ -86,7 +86,7 @@ class Answer:
     """What a front end has heard of one request."""
 
     tokens: dict[int, int] = field(default_factory=dict)
-    logprobs: list[Any] = field(default_factory=list)
+    logprob_of: dict[int, Any] = field(default_factory=dict)
     prompt_logprobs: list[Any] = field(default_factory=list)
     finish: str | None = None
     error: dict[str, str] | None = None
@@ -95,6 +95,10 @@ class Answer:
     def token_ids(self) -> list[int]:
         assert sorted(self.tokens) == list(range(len(self.tokens))), "a token is missing or came twice"
         return [self.tokens[index] for index in range(len(self.tokens))]
+
+    @property
+    def logprobs(self) -> list[Any]:
+        return [self.logprob_of[index] for index in range(len(self.logprob_of))]
 
 
 class WireFront:
@@ -155,7 +159,8 @@ class WireFront:
             for offset, token in enumerate(item["token_ids"]):
                 assert item["index"] + offset not in answer.tokens, f"{item['id']}: a token came twice"
                 answer.tokens[item["index"] + offset] = token
-            answer.logprobs += item["logprobs"] or []
+            for offset, logprob in enumerate(item["logprobs"] or []):
+                answer.logprob_of[item["index"] + offset] = logprob
             answer.prompt_logprobs += item["prompt_logprobs"] or []
             answer.finish = item["finish"] or answer.finish
             answer.error = item["error"] or answer.error

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from generators import make_hf_model, save_checkpoint
+from generators import make_hf_model, save_hf_model
 from processes import ProcessCluster
 
 from braid.model.sampling_params import SamplingParams
 
-PROMPT = [(5 * j) % 240 + 3 for j in range(40)]
+PROMPT = [(5 * j) % 150 + 3 for j in range(40)]
 LONG = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, config = make_hf_model("v3_groups", seed=11)
-    path: Path = save_checkpoint(model, config, tmp_path_factory.mktemp("checkpoint"))
+    model, _ = make_hf_model("v3", seed=11)
+    path: Path = save_hf_model(model, tmp_path_factory.mktemp("checkpoint"))
     return path
 
 

@@ -15,7 +15,7 @@ import grpc
 import httpx
 import pytest
 import torch
-from generators import make_hf_model, save_checkpoint
+from generators import make_hf_model, save_hf_model
 from otlp_collector import Collector
 from running_cluster import RunningCluster, processes_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,16 +24,16 @@ from braid.cluster import braid_v1_pb2 as pb
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
-SHAPE, SEED = "v3_groups", 29
+VOCAB_SIZE = 300
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
-def write_tokenizer(path: Path, vocab_size: int) -> None:
+def write_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -41,7 +41,7 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
 
 @pytest.fixture(scope="module")
 def oracle() -> Any:
-    return make_hf_model(SHAPE, seed=SEED)[0]
+    return make_hf_model("v3", seed=29, vocab_size=VOCAB_SIZE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,9 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[RunningCluster]:
-    model, config = make_hf_model(SHAPE, seed=SEED)
-    path = save_checkpoint(model, config, tmp_path_factory.mktemp("unseen"))
-    write_tokenizer(path, config["vocab_size"])
+def cluster(tmp_path_factory: pytest.TempPathFactory, collector: Collector, oracle: Any) -> Iterator[RunningCluster]:
+    path = save_hf_model(oracle, tmp_path_factory.mktemp("unseen"))
+    write_tokenizer(path)
     cwd = tmp_path_factory.mktemp("cwd")
     options = ("--model", str(path), "--dtype", "float32")
     running = RunningCluster("acceptance", cwd, *options, env=collector.environment)
