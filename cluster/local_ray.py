@@ -34,6 +34,7 @@ def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
         _temp_dir=str(run_dir / "ray"),
+        _node_ip_address="127.0.0.1",  # law 10: loopback; a Ray of our own has one node
     )
 
 

@@ -51,7 +51,7 @@ def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
     from ..model.inventory import bytes_for_role, check_memory
 
     config = ModelConfig.from_path(facts.path)
-    Checkpoint(facts.path).check()
+    Checkpoint(facts.path).check(config)
     dtype = resolve_dtype(spec.model.dtype, config)
     every = range(facts.num_experts)
     num_attention = spec.prefill.workers + spec.decode.workers
