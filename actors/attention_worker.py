@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from ..model.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ from ..model.weights import load_attention, load_experts
 from .dispatch import RemoteExperts
 from .endpoint import Endpoint
 from .engine import Engine
-from .loading import Loading, memory_checked, resolve_dtype
+from .loading import Loading, available_memory, memory_checked, resolve_dtype
 from .messages import Kind, pack
 from .requests import Requests
 from .scheduler import Scheduler
@@ -171,7 +170,7 @@ class AttentionWorker:
         wanted = self.settings.kv_tokens
         if wanted is None:
             token_bytes = config.latent_dim * config.num_hidden_layers * dtype.itemsize
-            room = int(psutil.virtual_memory().available * KV_SHARE) // token_bytes
+            room = int(available_memory() * KV_SHARE) // token_bytes
             wanted = min(room, self.settings.max_sequences * longest)
         if wanted < BLOCK_SIZE:
             raise ValueError(f"{wanted} tokens of KV cache are less than one block of {BLOCK_SIZE}: raise kv_tokens")

@@ -17,6 +17,7 @@ import torch
 
 from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
+from ..model.self_test import self_test
 from ..model.weights import load_experts
 from .endpoint import Endpoint
 from .expert_host import ExpertHost, NotResident, Slice
@@ -52,7 +53,7 @@ class ExpertWorker:
         self.counts: Counter[str] = Counter()
 
     def prepare(self) -> WorkerInfo:
-        """Loads only this worker's routed experts, then serves. Raises CheckpointError, ValueError (memory, links)."""
+        """Loads only this worker's routed experts, then serves. Raises CheckpointError, ValueError (memory), SelfTestError."""
         torch.set_num_threads(self.settings.num_threads)
         config = ModelConfig.from_path(self.settings.model_path)
         assert config.n_routed_experts, f"{self.settings.model_path} has no routed experts: no expert worker is needed"
@@ -63,6 +64,8 @@ class ExpertWorker:
         with torch.inference_mode():
             layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
             weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress)
+        self.loading.phase = "self-test"
+        self_test(config, dtype, "experts")
         self.host = ExpertHost(weights, config.n_routed_experts)
         self.hidden = config.hidden_size
         self.endpoint = Endpoint(self.settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -12,6 +13,8 @@ import torch
 from ..model.config import ModelConfig
 from ..model.inventory import bytes_for_role, check_memory
 from .settings import Dtype
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Loading:
@@ -44,4 +47,15 @@ def memory_checked(
 ) -> None:
     """Raises ValueError with the figures when the weights cannot fit: before loading, not after ten minutes."""
     needed = bytes_for_role(config, dtype, role, experts)
-    check_memory(needed, psutil.virtual_memory().available)
+    check_memory(needed, available_memory())
+
+
+def available_memory() -> int:
+    """Bytes that may still be taken: what the machine has free, or what is left of the container's own limit."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+    except OSError:
+        return free  # no cgroup v2 here
+    return free if limit == "max" else min(free, max(int(limit) - used, 0))

@@ -46,7 +46,7 @@ def model_facts(spec: ClusterSpec) -> ModelFacts:
 
 def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
     """Every tensor's name, shape and type, and the memory that all local workers will want. Imports torch."""
-    from ..actors.loading import resolve_dtype
+    from ..actors.loading import available_memory, resolve_dtype
     from ..model.checkpoint import Checkpoint
     from ..model.inventory import bytes_for_role, check_memory
 
@@ -60,7 +60,7 @@ def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
         for plan in pool.workers:
             if plan.expert_ids is not None:
                 needed += bytes_for_role(config, dtype, "expert", plan.expert_ids)
-    check_memory(needed, psutil.virtual_memory().available)
+    check_memory(needed, available_memory())
 
 
 def check_ports(spec: ClusterSpec) -> None:
