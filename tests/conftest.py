@@ -18,6 +18,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for room in ROOT.glob("*/__init__.py"):
         shutil.copytree(room.parent, source / room.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
     build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    subprocess.run([sys.executable, "-P", "-c", build], cwd=source, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-P", "-c", build], cwd=source, check=True, capture_output=True)
     (built,) = (source / "dist").glob("*.whl")
     return built

@@ -1,0 +1,75 @@
+"""What KubeRay does with the manifest's Serve configuration, done to a real Ray: the application builds its cluster."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from openai import AuthenticationError, OpenAI
+from ray_head import RayHead, free_ports, until
+
+from braid.cluster.errors import SpecError
+from braid.cluster.spec import ClusterSpec
+from braid.manifests.serve_app import settings_for
+
+MANIFEST = Path(__file__).parents[2] / "manifests" / "rayservice.yaml"
+NAME = "as-service"
+SPEC = """
+name: {name}
+prefill: {{labels: {{role: head}}}}
+front_end: {{http_port: {http}, grpc_port: {grpc}}}
+security: {{secret_file: cluster-secret, api_key_file: api-keys}}
+"""
+
+
+def test_the_secret_must_outlive_the_process() -> None:
+    with pytest.raises(SpecError, match=r"security\.secret_file"):
+        settings_for(ClusterSpec(), 60.0)
+
+
+@pytest.mark.cluster
+def test_serve_builds_the_application_once_the_workers_serve(head: RayHead) -> None:
+    http_port, grpc_port = free_ports(2)
+    folder = head.folder / "etc"
+    folder.mkdir()
+    (folder / "braid.yaml").write_text(SPEC.format(name=NAME, http=http_port, grpc=grpc_port))
+    (folder / "cluster-secret").write_text("the secret of a test cluster")
+    (folder / "api-keys").write_text("a-key\n")
+    config = serve_config(folder, http_port)
+
+    head.ask("/api/serve/applications/", "PUT", config)
+    until("Serve runs the application", lambda: runs(head), 150.0)
+    client = OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="a-key", max_retries=0)
+    first = complete(client)
+    with pytest.raises(AuthenticationError):
+        complete(client.with_options(api_key="another"))
+
+    # Serve builds again; the cluster that is there is taken as it is, and no worker is another one
+    before = {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")}
+    config["applications"][0]["args"]["start_timeout_s"] = 61
+    head.ask("/api/serve/applications/", "PUT", config)
+    until("the second application answers", lambda: runs(head) and complete(client) == first, 60.0)
+    assert {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")} == before
+
+    head.ask("/api/serve/applications/", "DELETE")
+    head.command("braid", "down", "--name", NAME, "--address", head.gcs)
+    until("the actors are gone", lambda: head.living_actors(f"braid-{NAME}") == [], 60.0)
+
+
+def serve_config(folder: Path, http_port: int) -> dict[str, Any]:
+    """The manifest's, with this machine's paths and ports."""
+    config: dict[str, Any] = yaml.safe_load(yaml.safe_load(MANIFEST.read_text())["spec"]["serveConfigV2"])
+    config["http_options"] = {"host": "127.0.0.1", "port": http_port}
+    config["applications"][0]["args"] = {"spec": str(folder / "braid.yaml"), "start_timeout_s": 120}
+    return config
+
+
+def runs(head: RayHead) -> bool:
+    (application,) = head.ask("/api/serve/applications/")["applications"].values()
+    assert application["status"] in ("DEPLOYING", "RUNNING"), application["message"]
+    return bool(application["status"] == "RUNNING")
+
+
+def complete(client: OpenAI) -> str:
+    answer = client.completions.create(model="braid-tiny", prompt="def ", max_tokens=8, temperature=0)
+    return answer.choices[0].text

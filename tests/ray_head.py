@@ -1,0 +1,111 @@
+"""A real Ray head with dashboard and job server, on ports and with a token of its own, ended by its process id."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SCRIPTS = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, slots=True)
+class RayHead:
+    """`env` is what a user of this Ray has set; `folder` is home and temp folder of everything that runs in it."""
+
+    folder: Path
+    env: dict[str, str]
+    gcs: str
+    dashboard: str
+
+    def ask(self, path: str, method: str = "GET", body: object = None) -> Any:
+        headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.dashboard + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def command(self, *words: str) -> str:
+        """Runs a script of the environment, such as `ray`, as a user of this Ray, outside the working copy."""
+        command = [SCRIPTS / words[0], *words[1:]]
+        done = subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def living_actors(self, namespace: str) -> list[dict[str, Any]]:
+        listed = self.ask("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
+        return [each for each in listed if each["ray_namespace"] == namespace and each["state"] != "DEAD"]
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def until(what: str, found: Callable[[], Any], timeout_s: float) -> Any:
+    """Asks until the answer is true; an answer that cannot be had yet is not one."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            if answer := found():
+                return answer
+        time.sleep(0.2)
+    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+
+
+@contextmanager
+def ray_head(labels: str) -> Iterator[RayHead]:
+    folder = Path(tempfile.mkdtemp(prefix="bh", dir="/tmp"))  # Ray's socket paths have at most 107 bytes
+    gcs, dashboard, agent, agent_grpc, metrics, runtime_env, client = free_ports(7)
+    env = {
+        **os.environ,
+        "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PIP_NO_DEPS": "1",  # or Ray fetches every dependency of a wheel in py_modules once more
+    }
+    env.pop("RAY_ADDRESS", None)
+    command = [SCRIPTS / "ray", "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=8"]
+    command += [f"--temp-dir={folder}", f"--labels={labels}", "--object-store-memory=100000000"]
+    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}"]
+    command += [f"--runtime-env-agent-port={runtime_env}", f"--ray-client-server-port={client}"]
+    with (folder / "ray.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    head = RayHead(folder, env, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+    try:
+        until("Ray's dashboard answers", lambda: head.ask("/api/version"), 60.0)
+        until("Ray's job server answers", lambda: head.ask("/api/jobs/") is not None, 60.0)
+        yield head
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        left = [
+            each for each in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(each.info["cmdline"] or [])
+        ]
+        for each in left:
+            each.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+        assert left == [], "processes of this Ray were left"
