@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +86,15 @@ class ScriptedWorker:
         self._listener.close()
 
     def _send(self, kind: Kind, body: dict[str, Any]) -> None:
-        for link in self._fronts:
-            try:
-                link.send(kind, pack(body))
-            except LinkClosed:
-                continue
+        for link in list(self._fronts):
+            _send(link, kind, body)
 
     def _serve(self) -> None:
         while not self._is_stopping:
             for event in self._reactor.poll(1.0):
                 if isinstance(event, Opened):
                     self._fronts.append(event.link)
-                    event.link.send(Kind.LOAD, pack({"load": self._load}))
+                    _send(event.link, Kind.LOAD, {"load": self._load})
                 elif isinstance(event, Closed):
                     self._fronts.remove(event.link)
                 else:
@@ -113,6 +110,11 @@ class ScriptedWorker:
             for item in self.answer(submit):
                 self.say(item)
         self.submits.put(submit)
+
+
+def _send(link: Link, kind: Kind, body: dict[str, Any]) -> None:
+    with suppress(LinkClosed):  # the front end may go at any moment
+        link.send(kind, pack(body))
 
 
 def write_tokenizer(directory: Path, pieces: tuple[str, ...] = ()) -> Path:

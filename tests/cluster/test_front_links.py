@@ -34,6 +34,7 @@ def test_links_once_and_tells_in_order(run_dir: Path) -> None:
         links = FrontLinks(SETTINGS, ear.hear)
         await links.apply(view_of(worker))
         await links.apply(view_of(worker, epoch=2))
+        await until(lambda: ear.loads() == [1], "the load told on opening")
         worker.tell_load(free_blocks=2)
         await until(lambda: ear.loads() == [1, 2], "two loads")
         assert ear.news[0] == Joined("both-0", "both")

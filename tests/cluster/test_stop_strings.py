@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from braid.cluster.stop_strings import StopScanner
@@ -37,13 +37,13 @@ def scan(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
 few_letters = st.text("ab\n", max_size=24)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(few_letters, st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4), st.lists(st.integers(0, 24)))
 def test_any_split_gives_what_reading_by_character_gives(text: str, stops: list[str], cuts: list[int]) -> None:
     assert scan(cut(text, cuts), stops) == reference(text, stops)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(few_letters, st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4))
 def test_nothing_that_may_become_a_stop_string_leaves_and_nothing_else_is_held(text: str, stops: list[str]) -> None:
     scanner, out = StopScanner(tuple(stops)), ""

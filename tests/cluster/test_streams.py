@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted_worker import write_tokenizer
 
@@ -46,7 +46,7 @@ token = st.sampled_from([*b"ab\n", *range(256, 256 + len(PIECES)), *"é→".enco
 stop_strings = st.lists(st.text("ab\né→", min_size=1, max_size=4), max_size=3)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(token, max_size=14), stop_strings, st.integers(0, 2**32))
 def test_any_tokens_in_any_order_of_arrival(
     tokenizer: Tokenizer, token_ids: list[int], stops: list[str], seed: int

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from braid.router.placement import DecodeCandidate, DecodeLedger, Placement, blocks_needed, place
@@ -41,6 +41,7 @@ def test_no_blocks_need_no_decode_worker() -> None:
 numbers = st.integers(-5, 40)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.dictionaries(st.sampled_from("abcd"), numbers), st.dictionaries(st.sampled_from("cdef"), numbers), numbers)
 def test_places_whenever_somebody_has_room_and_only_then(
     queues: dict[str, int], free: dict[str, int], num_blocks: int
