@@ -168,7 +168,7 @@ def _up(args: argparse.Namespace) -> int:
     started = start(spec, facts, registry, args.timeout, args.detach)
     with signals_stop_it(started, lambda: console.print("stopping", style="dim")):
         with StartProgress(console) as progress:
-            status = wait_until_ready(started, progress.tell)
+            status = wait_until_ready(started, registry, progress.tell)
         console.print(render_status(status))
         if args.detach:
             return 0

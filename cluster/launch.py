@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -191,13 +192,10 @@ async def _unwrapped(call: Awaitable[T]) -> T:
 
 
 def _why_it_died(error: RayActorError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [
-        line
-        for line in lines
-        if not line.startswith(("class_name:", "actor_id:", "pid:", "namespace:", "ip:", "name:"))
-    ]
-    return f"its process died: {' '.join(told)[:400]}"
+    """Ray tells a page; what matters stands between these words."""
+    text = " ".join(str(error).split())
+    found = re.search(r"Worker exit detail: (.*?)\.? *(?:There are|Some common|$)", text)
+    return f"its process died: {found[1] if found else text[:300]}"
 
 
 def _lifetime(settings: ControllerSettings) -> str | None:

@@ -50,14 +50,13 @@ class Supervisor:
 
     async def run(self) -> int:
         """Brings the cluster up, keeps it, takes it down. 1 if it never came up."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self.stop_asked.set)
+        self._hear_signals()
         control = await asyncio.start_unix_server(self._answer, str(self.record.control_path))
         failure: str | None = None
         try:
             self.tell({"state": "starting", "doing": "starting Ray"})
             self._start_ray()
+            self._hear_signals()  # Ray puts its own handlers in their place, which print a stack and abort
             failure = await self._bring_up()
             if failure is None:
                 await self.stop_asked.wait()
@@ -75,6 +74,10 @@ class Supervisor:
         with suppress(OSError, ValueError):
             self.parent.write(json.dumps(news).encode() + b"\n")
             self.parent.flush()
+
+    def _hear_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop_asked.set)
 
     def _start_ray(self) -> None:
         from . import local_ray
@@ -164,8 +167,8 @@ async def _awaited(reference: Any) -> Any:
 
 
 def _stop_with_parent(stop: signal.Signals) -> None:
-    """stdin ends when the parent does, however it ended."""
-    while sys.stdin.buffer.read(4096):
+    """stdin ends when the parent does, however it ended. Read past Python's buffer, whose lock would outlive us."""
+    while os.read(0, 4096):
         pass
     os.kill(os.getpid(), stop)
 

@@ -76,9 +76,9 @@ def start(spec: ClusterSpec, facts: ModelFacts, registry: Registry, timeout_s: f
     return Started(record, child, time.monotonic() + timeout_s + START_MARGIN_S)
 
 
-def wait_until_ready(started: Started, tell: Tell) -> dict[str, Any]:
+def wait_until_ready(started: Started, registry: Registry, tell: Tell) -> dict[str, Any]:
     """The status of the serving cluster. Raises StartFailed with the supervisor's reason."""
-    for news in _news(started):
+    for news in _news(started, registry):
         if news["state"] == "ready":
             status: dict[str, Any] = news["status"]
             return status
@@ -87,8 +87,7 @@ def wait_until_ready(started: Started, tell: Tell) -> dict[str, Any]:
         if news["state"] == "stopped":
             raise StartFailed("stopped while starting")
         tell(news)
-    end_processes(started.record.processes(), grace_s=5.0)
-    raise StartFailed(f"the supervisor ended without a word (log: {started.record.log_file})")
+    raise _broken(started, registry, "the supervisor ended without a word")
 
 
 def keep(started: Started) -> int:
@@ -147,15 +146,22 @@ def _spawn(record: Record) -> subprocess.Popen[bytes]:
         )
 
 
-def _news(started: Started) -> Iterator[dict[str, Any]]:
+def _broken(started: Started, registry: Registry, what: str) -> StartFailed:
+    """Sweeps up after a supervisor that could not do it itself."""
+    end_processes(started.record.processes(), grace_s=5.0)
+    logs = registry.keep_logs(started.record)
+    registry.remove(started.record)
+    return StartFailed(f"{what} (logs: {logs})")
+
+
+def _news(started: Started, registry: Registry) -> Iterator[dict[str, Any]]:
     """What the supervisor tells, until it ends. Raises StartFailed when it is silent for too long."""
     assert started.child.stdout is not None
     pipe, rest = started.child.stdout.fileno(), b""
     while True:
         left_s = started.give_up_at - time.monotonic()
         if left_s <= 0:
-            end_processes(started.record.processes(), grace_s=5.0)
-            raise StartFailed(f"the supervisor hangs and was killed (log: {started.record.log_file})")
+            raise _broken(started, registry, "the supervisor hung and was killed")
         if not select.select([pipe], [], [], min(left_s, 1.0))[0]:
             continue
         data = os.read(pipe, 1 << 16)
