@@ -2,9 +2,11 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from openai import OpenAI
@@ -20,13 +22,8 @@ front_end: {{http_port: {http}, grpc_port: {grpc}}}
 @pytest.mark.cluster
 def test_a_job_starts_the_cluster_and_keeps_it_until_stopped(head: RayHead, wheel: Path) -> None:
     http_port, grpc_port = free_ports(2)
-    folder = head.folder / "spec"
-    folder.mkdir()
-    (folder / "braid.yaml").write_text(SPEC.format(name=NAME, http=http_port, grpc=grpc_port))
-    runtime_env = json.dumps({"py_modules": [str(wheel)]})
-    submit = ["ray", "job", "submit", "--address", head.dashboard, "--submission-id", NAME, "--no-wait"]
-    submit += ["--working-dir", str(folder), "--runtime-env-json", runtime_env]
-    head.command(*submit, "--", "python", "-m", "braid.cluster.cli", "up", "braid.yaml", "--address", "auto")
+    spec = SPEC.format(name=NAME, http=http_port, grpc=grpc_port)
+    submit(head, NAME, spec, wheel, "python", "-m", "braid.cluster.cli", "up", "braid.yaml", "--address", "auto")
 
     client = OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", max_retries=0)
     until("the cluster serves", lambda: serves(head, client), 150.0)
@@ -48,16 +45,38 @@ def test_a_job_starts_the_cluster_and_keeps_it_until_stopped(head: RayHead, whee
     assert not any(listens(port) for port in (http_port, grpc_port))
 
 
-def serves(head: RayHead, client: OpenAI) -> Any:
-    job = head.ask(f"/api/jobs/{NAME}")
-    if job["status"] in ("FAILED", "STOPPED", "SUCCEEDED"):
+@pytest.mark.cluster
+def test_an_unpacked_wheel_travels_too_and_a_bad_spec_fails_the_job(head: RayHead, wheel: Path) -> None:
+    unpacked = head.folder / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    code = "from braid.cluster import cli; print(cli.__file__); raise SystemExit(cli.main(['up', 'braid.yaml']))"
+    submit(head, "bad", "ray_address: auto\nprefil: {workers: 2}\n", unpacked / "braid", "python", "-c", code)
+    job = until("the job ends", lambda: ended(head, "bad"), 60.0)
+    logs = head.ask("/api/jobs/bad/logs")["logs"]
+    assert job["status"] == "FAILED"
+    assert "/py_modules_files/" in logs
+    assert "unknown setting 'prefil'; did you mean 'prefill'?" in logs
+
+
+def submit(head: RayHead, name: str, spec: str, module: Path, *entrypoint: str) -> None:
+    folder = head.folder / name
+    folder.mkdir()
+    (folder / "braid.yaml").write_text(spec)
+    command = ["ray", "job", "submit", "--address", head.dashboard, "--submission-id", name, "--no-wait"]
+    command += ["--working-dir", str(folder), "--runtime-env-json", json.dumps({"py_modules": [str(module)]})]
+    head.command(*command, "--", *entrypoint)
+
+
+def ended(head: RayHead, name: str) -> Any:
+    job = head.ask(f"/api/jobs/{name}")
+    return job if job["status"] in ("FAILED", "STOPPED", "SUCCEEDED") else None
+
+
+def serves(head: RayHead, client: OpenAI) -> bool:
+    if job := ended(head, NAME):
         raise AssertionError(f"{job['message']}\n{head.ask(f'/api/jobs/{NAME}/logs')['logs']}")
-    return healthy(str(client.base_url).removesuffix("/v1/"))
-
-
-def healthy(address: str) -> bool:
-    import httpx
-
+    address = str(client.base_url).removesuffix("/v1/")
     try:
         return httpx.get(f"{address}/health", timeout=5).status_code == 200
     except httpx.TransportError:
