@@ -43,7 +43,7 @@ class RayHead:
 
     def command(self, *words: str) -> str:
         """Runs a script of the environment, such as `ray`, as a user of this Ray, outside the working copy."""
-        command = [SCRIPTS / words[0], *words[1:]]
+        command = [str(SCRIPTS / words[0]), *words[1:]]
         done = subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -87,7 +87,7 @@ def ray_head(labels: str) -> Iterator[RayHead]:
         "PIP_NO_DEPS": "1",  # or Ray fetches every dependency of a wheel in py_modules once more
     }
     env.pop("RAY_ADDRESS", None)
-    command = [SCRIPTS / "ray", "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=8"]
+    command = [str(SCRIPTS / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=8"]
     command += [f"--temp-dir={folder}", f"--labels={labels}", "--object-store-memory=100000000"]
     command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     command += [f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}"]

@@ -84,4 +84,5 @@ def serves(head: RayHead, client: OpenAI) -> bool:
 
 
 def listens(port: int) -> bool:
-    return any(each.laddr.port == port for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    return any(each.laddr and each.laddr.port == port for each in listening)
