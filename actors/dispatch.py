@@ -175,7 +175,7 @@ class RemoteExperts:
         if isinstance(event, Received) and event.message.kind == Kind.ROWS:
             self._on_rows(handle, event.message)
         elif isinstance(event, Received) and event.message.kind == Kind.NOT_RESIDENT:
-            self._lost(handle, event.link, only=ROWS.unpack(event.message.meta)[0])
+            self._on_not_resident(handle, event.message)
         elif isinstance(event, Closed):
             self._lost(handle, event.link)
             self.mail.defer(event)
@@ -196,7 +196,18 @@ class RemoteExperts:
         self.counters.compute_s += compute_ns / 1e9
         self.counters.bytes_in += message.payload.nbytes
 
-    def _lost(self, handle: RemoteHandle, link: Link, only: int | None = None) -> None:
+    def _on_not_resident(self, handle: RemoteHandle, message: Message) -> None:
+        """The map names a holder that does not hold: never ask it for these experts again."""
+        part = handle.pending.pop(ROWS.unpack(message.meta)[0], None)
+        if part is None:
+            return
+        experts = np.frombuffer(message.payload, dtype=np.int64)
+        self._bias.forget(self._layer_row[handle.layer], experts, part.owner)
+        self._table = self._bias.table()
+        self.counters.resent += 1
+        self._send(handle, part.slots)
+
+    def _lost(self, handle: RemoteHandle, link: Link) -> None:
         """Takes a worker out of the table and sends what it owed to other replicas."""
         if link not in self._links:
             return
@@ -204,8 +215,8 @@ class RemoteExperts:
         self._bias.drop(owner)
         self._table = self._bias.table()
         for number, part in list(handle.pending.items()):
-            is_owed = part.owner == owner and (only is None or number == only)
-            if is_owed and handle.pending.pop(number, None) is not None:  # a nested loss may have moved it already
+            # a nested loss may have moved it already
+            if part.owner == owner and handle.pending.pop(number, None) is not None:
                 self.counters.resent += 1
                 self._send(handle, part.slots)
 

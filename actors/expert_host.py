@@ -22,7 +22,11 @@ class Slice:
 
 
 class NotResident(Exception):
-    """This worker does not hold an expert it was asked for: send to another replica."""
+    """This worker does not hold some experts it was asked for: send their rows to another replica."""
+
+    def __init__(self, layer: int, experts: Tensor) -> None:
+        super().__init__(f"experts {experts.tolist()} of layer {layer} are not resident here")
+        self.experts = experts
 
 
 class ExpertHost:
@@ -39,11 +43,10 @@ class ExpertHost:
     def local_experts(self, layer: int, part: Slice) -> Tensor:
         """Places of the pairs' experts in this worker's weights. Raises NotResident."""
         if layer not in self._local:
-            raise NotResident(f"layer {layer} has no routed experts here")
+            raise NotResident(layer, torch.unique(part.expert_of_pair))
         local = self._local[layer][part.expert_of_pair]
         if len(local) and int(local.min()) < 0:
-            missing = sorted(set(part.expert_of_pair[local < 0].tolist()))
-            raise NotResident(f"experts {missing} of layer {layer} are not resident here")
+            raise NotResident(layer, torch.unique(part.expert_of_pair[local < 0]))
         return local
 
     def run(self, layer: int, parts: list[tuple[Slice, Tensor]]) -> list[Tensor]:

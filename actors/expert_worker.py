@@ -53,7 +53,10 @@ class ExpertWorker:
         self.counts: Counter[str] = Counter()
 
     def prepare(self) -> WorkerInfo:
-        """Loads only this worker's routed experts, then serves. Raises CheckpointError, ValueError (memory), SelfTestError."""
+        """Loads only this worker's routed experts, then serves.
+
+        Raises CheckpointError, ValueError (memory) and SelfTestError.
+        """
         torch.set_num_threads(self.settings.num_threads)
         config = ModelConfig.from_path(self.settings.model_path)
         assert config.n_routed_experts, f"{self.settings.model_path} has no routed experts: no expert worker is needed"
@@ -111,7 +114,7 @@ class ExpertWorker:
                 ready.append((job, self.host.local_experts(layer, job.part)))
             except NotResident as error:
                 log.warning("%s asked for what is not here: %s", job.link.peer.name, error)
-                self._reply(job, Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0))
+                self._reply(job, Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0), bytes_of(error.experts))
         if not ready:
             return
         answers = self.host.run(layer, [(job.part, local) for job, local in ready])

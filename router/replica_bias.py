@@ -1,9 +1,9 @@
 """The replica bias: decides which physical replica serves an expert; never changes an output (DESIGN law 6).
 
 `b[worker] += speed * sign(mean_load - load[worker])` after every update. The choice per (layer, expert) is the replica
-with the largest `b[worker] + u(layer, expert, worker)`, where u is a fixed draw from [0, 1): so the share of experts that
-a worker serves moves smoothly with its bias instead of flipping all at once, and a step needs one table, not a decision
-per token.
+with the largest `b[worker] + u(layer, expert, worker)`, where u is a fixed draw from [0, 1): so the share of experts
+that a worker serves moves smoothly with its bias instead of flipping all at once, and a step needs one table, not a
+decision per token.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class ReplicaBias:
     def drop(self, owner: int) -> None:
         """Takes a dead owner out of every choice."""
         self._holds[:, :, owner] = False
+
+    def forget(self, layer_row: int, experts: npt.NDArray[np.int64], owner: int) -> None:
+        """Takes an owner out of the choices for some experts of one layer."""
+        self._holds[layer_row, experts, owner] = False
 
     def update(self, load: npt.NDArray[np.float64], speed: float = SPEED) -> None:
         """load: [num_owners] rows served since the last update; owners without a live replica do not count."""

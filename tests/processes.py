@@ -179,6 +179,7 @@ class ProcessCluster:
         dtype: Dtype = "float32",
         transport: Transport = "auto",
         replicas: int = 2,
+        claimed_replicas: int | None = None,
         **limits: Any,
     ) -> None:
         self.config = ModelConfig.from_path(model_path)
@@ -202,6 +203,8 @@ class ProcessCluster:
         if expert_names:
             layers = [layer for layer in range(self.config.num_hidden_layers) if self.config.is_moe_layer(layer)]
             owners = [Owner(name, 1) for name in expert_names]
+            if claimed_replicas:  # a map that names holders which do not hold
+                held = assign(self.config.n_routed_experts or 0, expert_names, claimed_replicas)
             expert_map = build_map(1, self.config.n_routed_experts or 0, layers, owners, held)
             expert_map.check()
         infos = tuple(worker.info for worker in self.workers.values() if worker.info)

@@ -39,6 +39,18 @@ def test_an_expert_workers_death_changes_no_token(checkpoint: Path, tmp_path: Pa
     cluster.close()
 
 
+def test_a_map_that_names_a_wrong_holder_costs_a_second_hop_and_no_token(checkpoint: Path, tmp_path: Path) -> None:
+    cluster = ProcessCluster(checkpoint, tmp_path, replicas=1, claimed_replicas=2, kv_tokens=4096)
+    (answer,) = cluster.generate([PROMPT], LONG)
+    cluster.front.wait_baseline()
+    assert answer.error is None
+    assert cluster.front.loads["decode-0"]["counters"]["dispatch_resent"] > 0
+    cluster.close()
+    colocated = ProcessCluster(checkpoint, tmp_path, experts="colocated", kv_tokens=4096)
+    assert colocated.generate([PROMPT], LONG)[0].token_ids == answer.token_ids
+    colocated.close()
+
+
 def test_the_last_replicas_death_is_a_clear_error_and_the_worker_lives_on(checkpoint: Path, tmp_path: Path) -> None:
     cluster = ProcessCluster(checkpoint, tmp_path, experts=2, replicas=1, kv_tokens=4096)
     started(cluster, "struck")

@@ -52,6 +52,13 @@ def test_a_hot_expert_moves_other_experts_away_from_its_worker(workers: int) -> 
     assert after.max() / after.mean() < 1.35
 
 
+def test_an_owner_that_turned_out_not_to_hold_an_expert_is_not_asked_for_it_again() -> None:
+    bias = bias_over(2, 2)
+    bias.forget(3, np.array([5, 6]), 0)
+    assert (bias.table()[3, [5, 6]] == 1).all()
+    assert (bias.table() == 0).any()
+
+
 def test_a_dead_owner_gets_nothing_and_orphans_are_marked() -> None:
     bias = bias_over(2, 2)
     bias.drop(0)
