@@ -179,6 +179,7 @@ class AttentionWorker:
     def _serve(self) -> None:
         assert self.endpoint is not None
         endpoint, engine, requests = self.endpoint, self.engine, self.requests
+        torch.set_num_threads(self.settings.num_threads)  # OpenMP counts per calling thread
         failed_steps, load_due, busy = 0, 0.0, False
         with torch.inference_mode():
             while not endpoint.stopping:

@@ -95,6 +95,7 @@ class ExpertWorker:
     def _serve(self) -> None:
         assert self.endpoint is not None
         endpoint = self.endpoint
+        torch.set_num_threads(self.settings.num_threads)  # OpenMP counts per calling thread
         with torch.inference_mode():
             while not endpoint.stopping:
                 jobs = _jobs(endpoint.poll(1.0), self.hidden)
