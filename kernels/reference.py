@@ -13,11 +13,10 @@ from torch import Tensor
 # What a CPU GEMM must look like for a row to keep its bits (fuzzed on AVX-512 with MKL and oneDNN, 1 to 4 threads):
 # - fp32: rows round in classes {1}, {2, 3}, {4 ..}, and threads cut M in fours: so M is padded to a multiple of 4;
 # - fp32: a row's bits depend on its address modulo 16: so K is padded to a multiple of 4 and operands start aligned;
-# - bf16: up to 4096 multiply-adds take another code path: so M is padded until there are more.
+# - small products (bf16: up to 4096 multiply-adds, fp32: under 400) take another code path: M is padded until past it.
 ROW_MULTIPLE = 4
 MAX_ROWS = 512
 ALIGNMENT = 16
-SMALL_PRODUCT = 4096
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,8 +42,8 @@ def _linear_tile(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def padded_rows(num_rows: int, weight: Tensor) -> int:
     """Rows that a product of `num_rows` rows with this matrix must be padded to."""
-    if weight.dtype != torch.float32:
-        num_rows = max(num_rows, SMALL_PRODUCT // (weight.shape[-1] * weight.shape[-2]) + 1)
+    small_product = 400 if weight.dtype == torch.float32 else 4096
+    num_rows = max(num_rows, small_product // (weight.shape[-1] * weight.shape[-2]) + 1)
     return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -56,16 +55,16 @@ def aligned(x: Tensor) -> Tensor:
 
 def batched_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x: [B, M, K], weight: [B, K, N] -> [B, M, N]; rows keep their bits whatever M and B."""
-    num_batches, num_rows, depth = x.shape
-    missing = -depth % ROW_MULTIPLE
+    (num_batches, num_rows, depth), num_columns = x.shape, weight.shape[-1]
     missing_rows = padded_rows(num_rows, weight) - num_rows
+    missing, missing_columns = -depth % ROW_MULTIPLE, -num_columns % ROW_MULTIPLE
     if missing or missing_rows:
         x = F.pad(x, (0, missing, 0, missing_rows))
-    if missing:
-        weight = F.pad(weight, (0, 0, 0, missing))
+    if missing or missing_columns:
+        weight = F.pad(weight, (0, missing_columns, 0, missing))
     if num_batches == 1:  # threads would share the one product, and cut it otherwise than they cut a batch
         x, weight = x.expand(2, -1, -1), weight.expand(2, -1, -1)
-    return torch.bmm(aligned(x), weight)[:num_batches, :num_rows]
+    return torch.bmm(aligned(x), weight)[:num_batches, :num_rows, :num_columns]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

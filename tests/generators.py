@@ -116,7 +116,9 @@ def make_hf_model(shape_name: str, seed: int = 0, **changes: Any) -> tuple[nn.Mo
             elif parameter.dim() == 1:
                 parameter.copy_(0.1 * noise)
             else:
-                parameter.copy_(noise if "embed_tokens" in name else noise * parameter.shape[-1] ** -0.5)
+                # A tied embedding that large would make every token predict itself.
+                is_wide = "embed_tokens" in name and not values.get("tie_word_embeddings")
+                parameter.copy_(noise if is_wide else noise * parameter.shape[-1] ** -0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.02 * torch.randn(buffer.shape, generator=generator))

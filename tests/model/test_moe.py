@@ -1,0 +1,67 @@
+"""The shared expert runs while the routed ones are away, and the owner combines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import small_model
+from torch import Tensor
+
+from braid.kernels.reference import combine, swiglu_mlp
+from braid.model import moe
+from braid.model.experts import LocalExperts
+from braid.model.moe import FeedForward
+
+
+class Watched:
+    """Local experts that note when they are called."""
+
+    def __init__(self, inner: LocalExperts, log: list[str]) -> None:
+        self.inner, self.log = inner, log
+
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> Any:
+        self.log.append(f"dispatch {layer}")
+        return self.inner.dispatch(layer, x, topk_idx)
+
+    def collect(self, handle: Any) -> Tensor:
+        self.log.append("collect")
+        rows: Tensor = self.inner.collect(handle)
+        return rows
+
+
+def test_shared_expert_runs_between_dispatch_and_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_model("v3")
+    log: list[str] = []
+
+    def watched_mlp(*args: Tensor) -> Tensor:
+        log.append("shared")
+        out: Tensor = swiglu_mlp(*args)
+        return out
+
+    monkeypatch.setattr(moe, "swiglu_mlp", watched_mlp)
+    layer = FeedForward(small.config, small.weights.layers[1], 1, Watched(LocalExperts(small.experts), log))
+    layer(torch.randn(3, small.config.hidden_size))
+    assert log == ["dispatch 1", "shared", "collect"]
+
+
+def test_output_is_the_combine_of_the_slots() -> None:
+    small = small_model("v3")
+    experts, weights = LocalExperts(small.experts), small.weights.layers[2]
+    layer, x = FeedForward(small.config, weights, 2, experts), torch.randn(7, small.config.hidden_size)
+    topk_idx, topk_weights = layer.route(x)
+    assert weights.shared is not None
+    shared = swiglu_mlp(x, weights.shared.w13, weights.shared.w2)
+    assert torch.equal(layer(x), combine(shared, experts.dispatch(2, x, topk_idx), topk_weights))
+
+
+def test_a_dense_layer_asks_no_expert() -> None:
+    small = small_model("v3")
+    log: list[str] = []
+    weights = small.weights.layers[0]
+    x = torch.randn(2, small.config.hidden_size)
+    out = FeedForward(small.config, weights, 0, Watched(LocalExperts(small.experts), log))(x)
+    assert weights.mlp is not None
+    assert torch.equal(out, swiglu_mlp(x, weights.mlp.w13, weights.mlp.w2))
+    assert log == []
