@@ -1,1 +1,1 @@
-"""Braid serves DeepSeek-V3-family models from an elastic Ray cluster whose attention and experts are different workers."""
+"""Braid serves DeepSeek-V3-family models from an elastic Ray cluster; attention and experts are different workers."""

@@ -134,7 +134,8 @@ def over_http(cluster: RunningCluster, prompt: list[int], is_streamed: bool) -> 
 
 
 def over_grpc(cluster: RunningCluster, prompt: list[int]) -> list[int]:
-    return cluster.generate(prompt, max_tokens=24, temperature=0.8, seed=7, ignore_eos=True)[0]
+    tokens: list[int] = cluster.generate(prompt, max_tokens=24, temperature=0.8, seed=7, ignore_eos=True)[0]
+    return tokens
 
 
 def test_32_at_once_over_both_protocols_as_one_by_one(cluster: RunningCluster) -> None:

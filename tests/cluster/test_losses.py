@@ -60,8 +60,10 @@ def kill(cluster: RunningCluster, worker: str) -> None:
 
 def wait_status(cluster: RunningCluster, until: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
     deadline = time.monotonic() + 30
-    while not until(status := cluster.status()):
+    status: dict[str, Any] = cluster.status()
+    while not until(status):
         assert time.monotonic() < deadline, f"waited 30 s for {what}: {status}"
+        status = cluster.status()
     return status
 
 
