@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 1.0
 PING_TIMEOUT_S = 5.0
+STATUS_PATIENCE_S = 1.0
 APPLY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 LONG_POLL_S = 1.0
@@ -99,6 +100,9 @@ class Controller:
         return view if view is not None and view.epoch > known_epoch else None
 
     async def status(self) -> dict[str, Any]:
+        """Fresh figures of every worker that answers within STATUS_PATIENCE_S, the last known ones of the others."""
+        if pings := [asyncio.ensure_future(ping) for ping in self._pings()]:
+            await asyncio.wait(pings, timeout=STATUS_PATIENCE_S)
         return report(self.settings, self.state, self.reports, self.fronts)
 
     async def down(self, reason: str) -> None:
@@ -200,12 +204,16 @@ class Controller:
         while self.state.phase not in ("stopping", "stopped"):
             try:
                 self._handle(Tick(self.clock()))
-                live = [worker for worker in self.state.workers.values() if worker.state in ("ready", "live")]
-                pings = [self._ping(worker.plan.name, worker.incarnation) for worker in live]
-                await asyncio.gather(*pings, *[self._check_front(front) for front in self.state.fronts])
+                await asyncio.gather(*self._pings(), *[self._check_front(front) for front in self.state.fronts])
             except Exception:
                 log.exception("a round of supervision failed")
             await asyncio.sleep(PING_INTERVAL_S)
+
+    def _pings(self) -> list[Coroutine[Any, Any, None]]:
+        if self.state.phase in ("stopping", "stopped"):
+            return []
+        live = [worker for worker in self.state.workers.values() if worker.state in ("ready", "live")]
+        return [self._ping(worker.plan.name, worker.incarnation) for worker in live]
 
     async def _ping(self, name: str, incarnation: int) -> None:
         try:

@@ -27,6 +27,7 @@ T = TypeVar("T")
 CONTROLLER = "controller"
 GRPC_FRONT = "grpc-front"
 LOOPBACK = "127.0.0.1"
+LOCAL_PATIENCE_S = 10.0
 ON_HEAD = {"node:__internal_head__": 0.001}  # beside Serve's proxy: one host answers HTTP, gRPC and `status`
 
 
@@ -113,7 +114,7 @@ class RayLauncher:
         self._groups[pool.name] = group
         nodes = _nodes(self.settings.is_local)
         # Ray waits for ever for a place that cannot be; nodes of our own do not become more
-        patience_s = min(timeout_s, 15.0) if self.settings.is_local else timeout_s
+        patience_s = min(timeout_s, LOCAL_PATIENCE_S) if self.settings.is_local else timeout_s
         if not await asyncio.to_thread(group.wait, patience_s):
             known = list(_nodes(self.settings.is_local).values())
             raise StartFailed(f"no place within {patience_s:g} s for {explain_refusal(pool, known)}")

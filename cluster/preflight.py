@@ -60,7 +60,15 @@ def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
         for plan in pool.workers:
             if plan.expert_ids is not None:
                 needed += bytes_for_role(config, dtype, "expert", plan.expert_ids)
-    check_memory(needed, available_memory())
+    available = available_memory()
+    check_memory(needed, available)
+    if spec.engine.kv_tokens is not None:
+        cache = spec.engine.kv_tokens * config.latent_dim * config.num_hidden_layers * dtype.itemsize
+        if needed + num_attention * cache > available:
+            raise SpecError(
+                f"engine.kv_tokens: {spec.engine.kv_tokens} tokens take {cache / 2**30:.1f} GiB on each of "
+                f"{num_attention} attention workers; {(available - needed) / 2**30:.1f} GiB are left beside the weights"
+            )
 
 
 def check_ports(spec: ClusterSpec) -> None:

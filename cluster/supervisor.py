@@ -89,7 +89,7 @@ class Supervisor:
             local_ray.connect(self.settings.spec.ray_address)
 
     async def _bring_up(self) -> str | None:
-        """None once the cluster serves (or was asked to stop first), else the reason why it could not."""
+        """None once the cluster serves, or was asked to stop before it did; else the reason why it could not."""
         from .errors import BraidError
         from .launch import start_controller
 
@@ -101,7 +101,7 @@ class Supervisor:
             await asyncio.wait([rising, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not rising.done():
                 rising.add_done_callback(lambda task: task.exception())
-                return "stopped while starting" if self.settings.is_local else None
+                return None
             self.tell({"state": "ready", "status": rising.result()})
         except BraidError as error:
             return str(error)

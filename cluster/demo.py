@@ -1,0 +1,116 @@
+"""`braid demo`: a whole cluster on this machine, one prompt over gRPC, one over OpenAI HTTP, and what ran where."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import openai
+from rich.console import Console
+from rich.table import Table
+
+from . import braid_v1_pb2 as pb
+from .processes import wait_gone
+from .registry import Registry
+from .spec import ClusterSpec, from_dict
+from .status import status
+from .talk import Line, generate
+from .terminal import Row, StartProgress, console_for
+from .up import Started, check, keep, signals_stop_it, start, wait_until_ready
+
+NAME = "braid-demo"
+GRPC_PROMPT = "def read_lines(path):\n"
+HTTP_PROMPT = "class Queue:\n    def __init__(self"
+MAX_TOKENS = 80
+TEMPERATURE = 0.6
+SEED = 7
+
+
+def demo() -> int:
+    """0 if everything worked and nothing is left."""
+    console, registry = console_for(sys.stdout), Registry()
+    registry.refuse_if_up(NAME)
+    spec = demo_spec()
+    console.rule("starting 1 prefill, 1 decode and 2 expert workers")
+    begun = time.monotonic()
+    started = start(spec, check(spec), registry, timeout_s=180.0, detach=False)
+    try:
+        with signals_stop_it(started, lambda: console.print("stopping")), StartProgress(console) as progress:
+            wait_until_ready(started, registry, progress.tell)
+        console.print(f"ready after {time.monotonic() - begun:.0f} s")
+        _show_both(spec, console)
+        console.rule("what ran where")
+        console.print(where_table(status(NAME, registry)))
+    finally:
+        left = _shut_down(started, console)
+    return 1 if left else 0
+
+
+def demo_spec() -> ClusterSpec:
+    http_port, grpc_port = free_ports(2)
+    return from_dict(
+        {
+            "name": NAME,
+            "prefill": {"workers": 1},
+            "decode": {"workers": 1},
+            "experts": {"workers": 2, "replicas": 2},
+            "engine": {"kv_tokens": 65536},
+            "front_end": {"http_port": http_port, "grpc_port": grpc_port},
+        }
+    )
+
+
+def where_table(found: Row) -> Table:
+    """Tokens: rows an attention worker computed, rows an expert worker was sent. Hops: dispatches out, or answered."""
+    table = Table(box=None, header_style="bold")
+    for title in ("worker", "role", "pid", "tokens", "hops"):
+        table.add_column(title, justify="right" if title in ("pid", "tokens", "hops") else "left")
+    for worker in found["workers"]:
+        values = (worker["name"], worker["role"], worker["pid"], worker["tokens"], worker["hops"])
+        table.add_row(*[str(value) for value in values])
+    return table
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _show_both(spec: ClusterSpec, console: Console) -> None:
+    front = spec.front_end
+    console.rule("gRPC")
+    console.out(GRPC_PROMPT, end="", style="bold", highlight=False)
+    sampling = pb.Sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
+    generate(Line(f"{front.host}:{front.grpc_port}"), GRPC_PROMPT, sampling, console)
+    console.rule("OpenAI HTTP")
+    console.out(HTTP_PROMPT, end="", style="bold", highlight=False)
+    for text in _stream_http(f"http://{front.host}:{front.http_port}/v1", spec.served_name):
+        console.out(text, end="", highlight=False)
+    console.out("")
+
+
+def _stream_http(base_url: str, model: str) -> Iterator[str]:
+    with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120) as client:
+        chunks = client.completions.create(
+            model=model, prompt=HTTP_PROMPT, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED, stream=True
+        )
+        for chunk in chunks:
+            yield from (choice.text for choice in chunk.choices)
+
+
+def _shut_down(started: Started, console: Console) -> bool:
+    everybody = started.record.processes()
+    started.child.terminate()
+    code = keep(started)
+    left = wait_gone(everybody, 10.0)
+    if left:
+        console.print(f"still running: pids {', '.join(str(process.pid) for process in left)}", style="red")
+    else:
+        console.print(f"shut down: {len(everybody)} processes ended, none left")
+    return bool(left) or code != 0
