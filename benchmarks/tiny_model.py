@@ -47,14 +47,15 @@ def with_mtp_logits(network: TrainNetwork, ids: Tensor) -> tuple[Tensor, Callabl
     x = network.model.embed_tokens(ids)
     for layer in network.model.layers[: network.config.num_hidden_layers]:
         x = layer(x, cos, sin)
+    hidden = network.model.norm(x)
     mtp = network.model.layers[-1]
     assert isinstance(mtp, MtpLayer)
 
     def draft(token: Tensor) -> Tensor:
-        logits = mtp.predict(x, torch.cat((ids[:, 1:], token), dim=1), cos, sin)
-        return logits[:, -1]
+        logits: Tensor = mtp.predict(hidden, torch.cat((ids[:, 1:], token), dim=1), cos, sin)[:, -1]
+        return logits
 
-    logits: Tensor = network.lm_head(network.model.norm(x[:, -1]))
+    logits: Tensor = network.lm_head(hidden[:, -1])
     return logits, draft
 
 
