@@ -8,7 +8,7 @@ and 0 * NaN is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,15 +37,18 @@ class PrefillPlan:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSplit:
-    """Rows that see something of one split. blocks: int64 [R, KV_SPLIT / block_size], hidden: bool [R, KV_SPLIT]."""
+    """Some rows and a split of which they see something: all of it (hidden is None), or all but some last keys."""
 
-    rows: Tensor
-    blocks: Tensor
-    hidden: Tensor
+    rows: Tensor  # int64 [R]
+    blocks: Tensor  # int64 [R, KV_SPLIT / block_size]
+    hidden: Tensor | None  # bool [R, KV_SPLIT]
+    hidden_keys: Tensor | None  # int64, the same as indices into [R * KV_SPLIT]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
+    """Ascending splits; one split may come in several parts, so that what is gathered at once stays bounded."""
+
     splits: tuple[DecodeSplit, ...]
 
 
@@ -55,16 +58,25 @@ def plan_prefill(start: int, num: int, block_table: Sequence[int], block_size: i
     return PrefillPlan(start, num, tuple(table.view(num_splits, -1)))
 
 
-def plan_decode(positions: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int) -> DecodePlan:
+def plan_decode(
+    positions: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int, latent_dim: int
+) -> DecodePlan:
     """One row a position; rows of one sequence (replay, MTP) repeat its block table."""
+    row_limit = max(GATHER_FLOATS // (KV_SPLIT * latent_dim), 1)
     num_splits = max(positions) // KV_SPLIT + 1
     table = _padded_table(block_tables, positions, num_splits, block_size).view(len(positions), num_splits, -1)
     last_seen = torch.tensor(positions)
     splits = []
     for split in range(num_splits):
-        rows = (last_seen >= split * KV_SPLIT).nonzero().flatten()
-        hidden = split * KV_SPLIT + torch.arange(KV_SPLIT) > last_seen[rows, None]
-        splits.append(DecodeSplit(rows, table[rows, split], hidden))
+        every = (last_seen >= split * KV_SPLIT).nonzero().flatten()
+        for at in range(0, len(every), row_limit):
+            rows = every[at : at + row_limit]
+            hidden = split * KV_SPLIT + torch.arange(KV_SPLIT) > last_seen[rows, None]
+            keys = hidden.flatten().nonzero().flatten()
+            is_partial = len(keys) > 0
+            splits.append(
+                DecodeSplit(rows, table[rows, split], hidden if is_partial else None, keys if is_partial else None)
+            )
     return DecodePlan(tuple(splits))
 
 
@@ -123,20 +135,15 @@ def mla_decode(q: Tensor, cache_layer: Tensor, plan: DecodePlan, softmax_scale: 
     padded_heads = -(-heads // ROW_MULTIPLE) * ROW_MULTIPLE
     queries = F.pad(q.float() * softmax_scale, (0, 0, 0, padded_heads - heads))
     merge = OnlineSoftmax(num_rows, padded_heads, kv_lora_rank)
-    for rows, blocks, hidden in _bounded_splits(plan, cache_layer):
-        latent = cache_layer[blocks].view(len(rows), KV_SPLIT, -1).float()
-        latent = latent.masked_fill(hidden[..., None], 0.0)
-        scores = batched_matmul(queries[rows], latent.transpose(1, 2)).masked_fill(hidden[:, None], float("-inf"))
-        merge.add(rows, scores, latent[..., :kv_lora_rank].contiguous())
-    return merge.result()[:, :heads].to(q.dtype)
-
-
-def _bounded_splits(plan: DecodePlan, cache_layer: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    limit = max(GATHER_FLOATS // (KV_SPLIT * cache_layer.shape[-1]), 1)
     for split in plan.splits:
-        for at in range(0, len(split.rows), limit):
-            part = slice(at, at + limit)
-            yield split.rows[part], split.blocks[part], split.hidden[part]
+        latent = cache_layer[split.blocks].view(len(split.rows), KV_SPLIT, -1).float()
+        if split.hidden_keys is not None:
+            latent.view(-1, latent.shape[-1]).index_fill_(0, split.hidden_keys, 0.0)  # a gathered copy, not the cache
+        scores = batched_matmul(queries[split.rows], latent.transpose(1, 2))
+        if split.hidden is not None:
+            scores = scores.masked_fill(split.hidden[:, None], float("-inf"))
+        merge.add(split.rows, scores, latent[..., :kv_lora_rank].contiguous())
+    return merge.result()[:, :heads].to(q.dtype)
 
 
 class OnlineSoftmax:

@@ -83,7 +83,7 @@ class DeepSeekModel:
     @torch.inference_mode()
     def forward(self, batch: Batch, on_layer: OnLayer | None = None) -> ForwardOutput:
         """`on_layer(i)` is called when this batch's latents of layer i are in the cache, before layer i attends."""
-        plan = plan_attention(batch.segments)
+        plan = plan_attention(batch.segments, self.config.latent_dim)
         assert len(plan.positions) == len(batch.token_ids), "segments and token_ids count different rows"
         cos, sin = self.rope(plan.positions)
         x = self._weights.embed_tokens[batch.token_ids]

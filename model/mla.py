@@ -42,7 +42,7 @@ class AttentionPlan:
     decode: DecodePlan | None
 
 
-def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
+def plan_attention(segments: Sequence[Segment], latent_dim: int) -> AttentionPlan:
     positions: list[int] = []
     slots: list[int] = []
     prefill: list[tuple[slice, PrefillPlan]] = []
@@ -65,7 +65,7 @@ def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
         slots=torch.tensor(slots, dtype=torch.int64),
         prefill=tuple(prefill),
         absorbed_rows=torch.tensor(absorbed_rows, dtype=torch.int64),
-        decode=plan_decode(seen, absorbed_tables, BLOCK_SIZE) if seen else None,
+        decode=plan_decode(seen, absorbed_tables, BLOCK_SIZE, latent_dim) if seen else None,
     )
 
 

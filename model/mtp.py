@@ -48,7 +48,7 @@ class MtpModule:
     @torch.inference_mode()
     def draft(self, hidden: Tensor, next_ids: Tensor, segments: Sequence[Segment], logit_rows: Tensor) -> Tensor:
         """hidden: [N, H] of the segments' positions, next_ids: int64 [N], the token after each -> fp32 [R, vocab]."""
-        plan = plan_attention(segments)
+        plan = plan_attention(segments, self.config.latent_dim)
         assert len(plan.positions) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
         eps = self.config.rms_norm_eps
         embedded = rms_norm(self._weights.embed_tokens[next_ids], self._weights.enorm, eps)

@@ -106,7 +106,8 @@ def _test_attention(config: ModelConfig, random: Random) -> None:
     absorbed = random(NUM_ROWS, heads, config.latent_dim)
 
     def decode(first: int, last: int) -> Tensor:
-        plan = plan_decode(range(start + first, start + last), [blocks] * (last - first), BLOCK_SIZE)
+        positions = range(start + first, start + last)
+        plan = plan_decode(positions, [blocks] * len(positions), BLOCK_SIZE, config.latent_dim)
         return mla_decode(absorbed[first:last], cache, plan, scale, lora)
 
     for kernel, compute in (("mla_prefill", prefill), ("mla_decode", decode)):

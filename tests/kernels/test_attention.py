@@ -42,7 +42,7 @@ class Sequence:
         return out
 
     def decode(self, positions: list[int]) -> Tensor:
-        plan = plan_decode(positions, [self.table] * len(positions), BLOCK)
+        plan = plan_decode(positions, [self.table] * len(positions), BLOCK, self.lora + self.rope)
         out: Tensor = mla_decode(self.q_absorbed[positions], self.cache, plan, SCALE, self.lora)
         return out
 
@@ -101,7 +101,7 @@ def test_sequences_decoded_together_keep_their_bits() -> None:
     sequences = [Sequence(SIZES[0], length, seed=length) for length in (5, 300, 64, 257)]
     cache = torch.cat([s.cache for s in sequences])
     tables = [[block + 14 * i for block in s.table] for i, s in enumerate(sequences)]
-    plan = plan_decode([s.length - 1 for s in sequences], tables, BLOCK)
+    plan = plan_decode([s.length - 1 for s in sequences], tables, BLOCK, cache.shape[-1])
     q = torch.stack([s.q_absorbed[-1] for s in sequences])
     together = mla_decode(q, cache, plan, SCALE, sequences[0].lora)
     assert torch.equal(together, torch.cat([s.decode([s.length - 1]) for s in sequences]))
@@ -116,4 +116,4 @@ def test_bounded_gathers_change_no_bits(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_blocks_that_do_not_reach_are_refused() -> None:
     with pytest.raises(AssertionError, match="1 blocks do not reach position 64"):
-        plan_decode([64], [[3]], BLOCK)
+        plan_decode([64], [[3]], BLOCK, 48)

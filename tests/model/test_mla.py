@@ -13,7 +13,8 @@ def test_plan_places_every_row() -> None:
             Segment(130, 2, [0, 1, 2], absorbed=True),
             Segment(0, 1, [7], absorbed=False),
             Segment(5, 1, [4], absorbed=True),
-        ]
+        ],
+        latent_dim=48,
     )
     assert plan.positions.tolist() == [62, 63, 64, 65, 130, 131, 0, 5]
     blocks_and_offsets = [(5, 62), (5, 63), (3, 0), (3, 1), (2, 2), (2, 3), (7, 0), (4, 5)]
@@ -23,17 +24,20 @@ def test_plan_places_every_row() -> None:
     assert plan.decode is not None
     assert [split.rows.tolist() for split in plan.decode.splits] == [[0, 1, 2]]
     assert plan.decode.splits[0].blocks.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0], [4, 0, 0, 0]]
-    assert (~plan.decode.splits[0].hidden).sum(1).tolist() == [131, 132, 6]
+    hidden = plan.decode.splits[0].hidden
+    assert hidden is not None
+    assert (~hidden).sum(1).tolist() == [131, 132, 6]
 
 
 def test_a_row_visits_only_splits_it_sees() -> None:
     table = list(range(10))
-    plan = plan_attention([Segment(255, 2, table, absorbed=True), Segment(600, 1, table, absorbed=True)])
+    plan = plan_attention([Segment(255, 2, table, absorbed=True), Segment(600, 1, table, absorbed=True)], 48)
     assert plan.decode is not None
     assert [split.rows.tolist() for split in plan.decode.splits] == [[0, 1, 2], [1, 2], [2]]
+    assert plan.decode.splits[0].hidden is None
     assert plan.decode.splits[1].blocks.tolist() == [[4, 5, 6, 7]] * 2
 
 
 def test_empty_parts_are_allowed() -> None:
-    assert plan_attention([]).decode is None
-    assert plan_attention([Segment(3, 0, [0], absorbed=False)]).prefill == ()
+    assert plan_attention([], 48).decode is None
+    assert plan_attention([Segment(3, 0, [0], absorbed=False)], 48).prefill == ()
