@@ -155,10 +155,10 @@ class OnlineSoftmax:
         self._sum = torch.zeros(num_batches, num_rows, value_dim)
 
     def add(self, at: Tensor | slice, scores: Tensor, values: Tensor) -> None:
-        """scores: fp32 [b, m, KV_SPLIT] with at least one finite in each row, values: fp32 [b, KV_SPLIT, value_dim]."""
+        """scores: fp32 [b, m, KV_SPLIT], one finite in each row, overwritten; values: fp32 [b, KV_SPLIT, D]."""
         where = (slice(None), at) if isinstance(at, slice) else (at,)
         highest = torch.maximum(self._highest[where], scores.amax(dim=-1, keepdim=True))
-        weights = torch.exp(scores - highest)
+        weights = scores.sub_(highest).exp_()
         keep = torch.exp(self._highest[where] - highest)
         self._highest[where] = highest
         self._total[where] = self._total[where] * keep + weights.sum(dim=-1, keepdim=True)

@@ -124,52 +124,48 @@ class ModelConfig:
         for key in _REQUIRED:
             if values.get(key) is None:
                 raise ValueError(f"config.json lacks {key!r}, which a {model_type} checkpoint must state")
-        n_routed_experts = values.get("n_routed_experts")
         rope_theta, rope_scaling = _rope(values)
 
-        def get(key: str, default: Any) -> Any:
-            value = values.get(key)
-            return default if value is None else value
-
+        read = _Reader(values)
         config = cls(
             model_type=model_type,
-            architectures=tuple(get("architectures", ())),
-            vocab_size=int(values["vocab_size"]),
-            hidden_size=int(values["hidden_size"]),
-            intermediate_size=int(values["intermediate_size"]),
-            moe_intermediate_size=int(get("moe_intermediate_size", 0)),
-            num_hidden_layers=int(values["num_hidden_layers"]),
-            num_nextn_predict_layers=int(get("num_nextn_predict_layers", get("num_mtp_layers", 0))),
-            num_attention_heads=int(values["num_attention_heads"]),
-            q_lora_rank=None if values.get("q_lora_rank") is None else int(values["q_lora_rank"]),
-            kv_lora_rank=int(values["kv_lora_rank"]),
-            qk_nope_head_dim=int(values["qk_nope_head_dim"]),
-            qk_rope_head_dim=int(values["qk_rope_head_dim"]),
-            v_head_dim=int(values["v_head_dim"]),
-            n_routed_experts=None if n_routed_experts is None else int(n_routed_experts),
-            n_shared_experts=int(get("n_shared_experts", 0)),
-            num_experts_per_tok=int(get("num_experts_per_tok", 0)),
-            first_k_dense_replace=int(get("first_k_dense_replace", 0)),
-            moe_layer_freq=int(get("moe_layer_freq", 1)),
-            n_group=int(get("n_group", 1)),
-            topk_group=int(get("topk_group", 1)),
-            topk_method=get("topk_method", "noaux_tc" if is_v3 else "greedy"),
-            scoring_func=get("scoring_func", "sigmoid" if is_v3 else "softmax"),
-            norm_topk_prob=bool(get("norm_topk_prob", is_v3)),
-            routed_scaling_factor=float(get("routed_scaling_factor", 1.0)),
-            max_position_embeddings=int(get("max_position_embeddings", 4096)),
+            architectures=tuple(read.get("architectures", ())),
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=read.integer("hidden_size"),
+            intermediate_size=read.integer("intermediate_size"),
+            moe_intermediate_size=read.integer("moe_intermediate_size", 0),
+            num_hidden_layers=read.integer("num_hidden_layers"),
+            num_nextn_predict_layers=read.integer("num_nextn_predict_layers", read.integer("num_mtp_layers", 0)),
+            num_attention_heads=read.integer("num_attention_heads"),
+            q_lora_rank=None if values.get("q_lora_rank") is None else read.integer("q_lora_rank"),
+            kv_lora_rank=read.integer("kv_lora_rank"),
+            qk_nope_head_dim=read.integer("qk_nope_head_dim"),
+            qk_rope_head_dim=read.integer("qk_rope_head_dim"),
+            v_head_dim=read.integer("v_head_dim"),
+            n_routed_experts=None if values.get("n_routed_experts") is None else read.integer("n_routed_experts"),
+            n_shared_experts=read.integer("n_shared_experts", 0),
+            num_experts_per_tok=read.integer("num_experts_per_tok", 0),
+            first_k_dense_replace=read.integer("first_k_dense_replace", 0),
+            moe_layer_freq=read.integer("moe_layer_freq", 1),
+            n_group=read.integer("n_group", 1),
+            topk_group=read.integer("topk_group", 1),
+            topk_method=read.get("topk_method", "noaux_tc" if is_v3 else "greedy"),
+            scoring_func=read.get("scoring_func", "sigmoid" if is_v3 else "softmax"),
+            norm_topk_prob=bool(read.get("norm_topk_prob", is_v3)),
+            routed_scaling_factor=read.number("routed_scaling_factor", 1.0),
+            max_position_embeddings=read.integer("max_position_embeddings", 4096),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            rope_interleave=bool(get("rope_interleave", True)),
-            rms_norm_eps=float(get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(get("tie_word_embeddings", False)),
-            attention_bias=bool(get("attention_bias", False)),
+            rope_interleave=bool(read.get("rope_interleave", True)),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(read.get("tie_word_embeddings", False)),
+            attention_bias=bool(read.get("attention_bias", False)),
             bos_token_id=values.get("bos_token_id"),
             eos_token_ids=tuple(dict.fromkeys(_token_ids(values.get("eos_token_id")))),
             quantization=_quantization(values.get("quantization_config")),
-            torch_dtype=get("torch_dtype", values.get("dtype")),
+            torch_dtype=read.get("torch_dtype", values.get("dtype")),
         )
-        _check(config, get("hidden_act", "silu"))
+        _check(config, read.get("hidden_act", "silu"))
         return config
 
     @property
@@ -197,6 +193,29 @@ class ModelConfig:
         if self.n_routed_experts is None or layer < self.first_k_dense_replace:
             return False
         return layer % self.moe_layer_freq == 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """null means absent, and a number is a number."""
+
+    values: Mapping[str, Any]
+
+    def get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{key} is {value!r}; it must be a number")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if value != int(value):
+            raise ValueError(f"{key} is {value!r}; it must be a whole number")
+        return int(value)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
