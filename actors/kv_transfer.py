@@ -76,7 +76,7 @@ class LayerSender:
             if link.closed:
                 continue  # the Closed event fails the sequence after this step
             sequence.kv_started_ns = sequence.kv_started_ns or time.time_ns()
-            payload = bytes_of(rows[places])
+            payload = bytes_of(rows.index_select(0, places))
             sequence.kv_bytes += payload.nbytes
             try:
                 link.send(Kind.KV_LAYER, KV_LAYER.pack(layer, sequence.number, chunk.start, chunk.num), payload)
@@ -96,6 +96,6 @@ def receive_layer(cache: LatentCache, receiving: dict[tuple[str, int], Sequence]
     target = cache.layers[layer].view(-1, cache.layers[layer].shape[-1])
     rows = rows_from(message.payload, target.dtype, target.shape[1])
     assert len(rows) == num, f"{link.peer.name} announced {num} rows of layer {layer} and sent {len(rows)}"
-    target[slots(sequence, start, num)] = rows
+    target.index_copy_(0, slots(sequence, start, num), rows)
     sequence.rows_received += num
     return message.payload.nbytes

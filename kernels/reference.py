@@ -100,13 +100,13 @@ def grouped_mlp(x: Tensor, row_of_pair: Tensor, expert_of_pair: Tensor, w13: Ten
         return x.new_zeros(0, w2.shape[1])
     order = torch.argsort(expert_of_pair, stable=True)
     pairs_per_expert: list[int] = torch.bincount(expert_of_pair, minlength=w13.shape[0]).tolist()
-    sorted_rows = x[row_of_pair[order]]
+    sorted_rows = x.index_select(0, row_of_pair[order])
     outputs, start = [], 0
     for expert, count in enumerate(pairs_per_expert):
         if count:
             outputs.append(swiglu_mlp(sorted_rows[start : start + count], w13[expert], w2[expert]))
             start += count
-    return torch.cat(outputs)[torch.argsort(order)]
+    return torch.cat(outputs).index_select(0, torch.argsort(order))
 
 
 def combine(shared: Tensor | None, rows: Tensor, topk_weights: Tensor) -> Tensor:
