@@ -15,7 +15,7 @@ from typing import Any
 
 from ..actors.view import ClusterView
 from .controller_settings import ControllerSettings
-from .errors import BraidError, StartFailed, WorkerDied
+from .errors import StartFailed, WorkerDied, in_words
 from .events import (
     Answered,
     Applied,
@@ -273,11 +273,3 @@ class Controller:
     async def _next_change(self, timeout_s: float | None = None) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
-
-
-def in_words(error: BaseException) -> str:
-    """One line that names the kind of error unless the message speaks for itself."""
-    text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, BraidError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -48,3 +48,11 @@ class AnswerRefused(BraidError):
 
 class IllegalTransition(BraidError):
     pass
+
+
+def in_words(error: BaseException) -> str:
+    """One line that names the kind of error unless the message speaks for itself."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, BraidError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -6,12 +6,14 @@ import logging
 import math
 import os
 import secrets
+import socket
 from pathlib import Path
 
 from .errors import ClusterNotFound
 from .spec import ClusterSpec
 
 OBJECT_STORE_BYTES = 200 << 20  # no tensors travel through Ray: only views and settings
+CONNECT_TIMEOUT_S = 5.0
 SPARE_CPUS = 2.0  # what front ends ask for
 
 
@@ -40,6 +42,7 @@ def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
 
 def connect(address: str) -> None:
     """Joins an existing Ray as one more driver. Raises ClusterNotFound when there is none."""
+    check_answers(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
@@ -47,6 +50,17 @@ def connect(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterNotFound(f"no Ray cluster can be joined at {address!r}: {' '.join(str(error).split())}") from None
+
+
+def check_answers(address: str) -> None:
+    """Raises ClusterNotFound. Ray itself tries for minutes before it says that nobody is there."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return  # 'auto' and the like: Ray finds out quickly
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterNotFound(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
 
 
 def stop_ray() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .controller_settings import ControllerSettings
+from .errors import BraidError, in_words
 from .registry import Record, Registry
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Supervisor:
         control = await asyncio.start_unix_server(self._answer, str(self.record.control_path))
         failure: str | None = None
         try:
-            self.tell({"state": "starting", "doing": "starting Ray"})
+            self.tell({"state": "starting", "doing": "starting Ray" if self.settings.is_local else "joining Ray"})
             self._start_ray()
             self._hear_signals()  # Ray puts its own handlers in their place, which print a stack and abort
             failure = await self._bring_up()
@@ -62,7 +63,7 @@ class Supervisor:
                 await self.stop_asked.wait()
         except Exception as error:
             log.exception("the supervisor failed")
-            failure = f"{type(error).__name__}: {error}"
+            failure = in_words(error)
         finally:
             await self._take_down()
             control.close()
@@ -90,7 +91,6 @@ class Supervisor:
 
     async def _bring_up(self) -> str | None:
         """None once the cluster serves, or was asked to stop before it did; else the reason why it could not."""
-        from .errors import BraidError
         from .launch import start_controller
 
         stopping = asyncio.ensure_future(self.stop_asked.wait())
@@ -134,6 +134,7 @@ class Supervisor:
             self.registry.remove(self.record)
             self.tell({"state": "stopped"})
             return
+        log.error("not up: %s", failure)
         logs = self.registry.keep_logs(self.record)
         self.registry.remove(self.record)
         self.tell({"state": "failed", "reason": failure, "logs": str(logs)})

@@ -20,6 +20,7 @@ from typing import Any
 
 from .controller_settings import ControllerSettings, ModelFacts
 from .errors import StartFailed
+from .local_ray import check_answers
 from .preflight import check_ports, check_weights, model_facts, read_api_keys, read_secret
 from .processes import end_processes, process_of
 from .registry import Record, Registry
@@ -41,11 +42,13 @@ class Started:
 
 
 def check(spec: ClusterSpec) -> ModelFacts:
-    """Everything that can be known beforehand. Raises ValueError with one clear line."""
+    """Everything that can be known beforehand. Raises ValueError or ClusterNotFound with one clear line."""
     facts = model_facts(spec)
     if spec.ray_address is None:
         check_ports(spec)
         check_weights(spec, facts)
+    else:
+        check_answers(spec.ray_address)
     return facts
 
 
