@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 
 from .errors import ClusterStuck
 from .processes import end_processes, send, wait_gone
-from .registry import Registry
+from .registry import Record, Registry
 
 ORDERLY_S = 45.0
+SPAWN_S = 10.0
 
 
 def down(name: str, registry: Registry) -> list[int]:
     """Takes the cluster down and returns the pids that had to be killed. Raises ClusterNotFound and ClusterStuck."""
-    record = registry.get(name)
+    record = _spawned(registry.get(name), registry)
     everybody = record.processes()
     if record.supervisor is not None and send(record.supervisor, signal.SIGTERM):
         wait_gone([record.supervisor], ORDERLY_S)
@@ -28,6 +30,17 @@ def down(name: str, registry: Registry) -> list[int]:
         raise ClusterStuck(f"still running after SIGKILL: pids {', '.join(str(process.pid) for process in left)}")
     registry.remove(record)
     return killed
+
+
+def _spawned(record: Record, registry: Registry) -> Record:
+    """An `up` that has just taken the name knows its supervisor a moment later."""
+    deadline = time.monotonic() + SPAWN_S
+    while record.supervisor is None and record.is_alive():
+        if time.monotonic() > deadline:
+            raise ClusterStuck(f"cluster {record.name!r} is being started by pid {record.owner.pid}: stop that first")
+        time.sleep(0.05)
+        record = registry.get(record.name)
+    return record
 
 
 def down_on_ray(name: str, address: str) -> None:

@@ -30,7 +30,7 @@ def check_http(settings: ControllerSettings) -> dict[str, Any]:
 
 
 async def check_grpc(actor: Any, settings: ControllerSettings) -> dict[str, Any]:
-    """Ready once every attention worker has told the front end its load."""
+    """Ready once a worker for prompts and one for decoding have told the front end their load."""
     try:
         load: dict[str, Any] = await asyncio.wait_for(actor.load.remote(), TIMEOUT_S)
     except Exception as error:  # Ray's many ways of saying that an actor is gone

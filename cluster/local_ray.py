@@ -24,6 +24,9 @@ def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
     token.chmod(0o600)
     # Ray reads these when it is imported; its processes inherit them.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0")
+    # Law 10: loopback. Ray turns _node_ip_address="127.0.0.1" into the host's own address; this is the one way to have
+    # its servers listen on loopback only, meant for systems where it supports no more than one node.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.pop("RAY_ADDRESS", None)
     import ray
 
@@ -35,8 +38,8 @@ def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        logging_config=ray.LoggingConfig(encoding="TEXT", log_level="INFO"),
         _temp_dir=str(run_dir / "ray"),
-        _node_ip_address="127.0.0.1",  # law 10: loopback; a Ray of our own has one node
     )
 
 

@@ -160,8 +160,8 @@ def _pool_problems(spec: ClusterSpec) -> Iterator[str]:
             f"and experts.workers is {experts.workers}"
         )
     for name, pool in (("prefill", spec.prefill), ("decode", spec.decode), ("experts", experts)):
-        if not (pool.cpus >= 0 and math.isfinite(pool.cpus)):
-            yield f"{name}.cpus: {pool.cpus} must be 0 or more"
+        if not (pool.cpus > 0 and math.isfinite(pool.cpus)):
+            yield f"{name}.cpus: {pool.cpus} must be above 0; a small share such as 0.1 will do"
         if spec.transport == "shm" and pool.strategy == "STRICT_SPREAD" and pool.workers > 1:
             yield f"{name}.strategy: STRICT_SPREAD puts workers on different hosts, which transport: shm cannot join"
 

@@ -56,6 +56,7 @@ def test_replicas_default_to_what_the_workers_allow() -> None:
         ({"experts": {"workers": 0}}, "experts.workers: 0 leaves nobody to hold them"),
         ({"experts": {"workers": 2, "replicas": 3}}, "experts.replicas: 3 copies"),
         ({"experts": {"workers": 2, "colocated": True}}, "exclude each other"),
+        ({"prefill": {"cpus": 0}}, r"prefill\.cpus: 0\.0 must be above 0"),
         ({"experts": "collocated"}, "experts: expected settings"),
         ({"front_end": {"http_port": 9000}}, "front_end.grpc_port: 9000 is the HTTP port too"),
         ({"front_end": {"http_port": 70000}}, "front_end.http_port: 70000 must be between"),
