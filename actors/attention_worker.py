@@ -85,9 +85,7 @@ class AttentionWorker:
         scheduler = Scheduler(
             BlockAllocator(num_blocks), self.settings.max_sequences, self.settings.max_batch_tokens, MAX_WAITING
         )
-        self.requests = Requests(
-            self.settings.name, config, cache, scheduler, self.endpoint.link_to, self.tracer, self.load
-        )
+        self.requests = Requests(self.settings.name, config, cache, scheduler, self.tracer, self.load)
         model = DeepSeekModel(config, self._weights, cache, self.experts)
         self.engine = Engine(config, model, self.experts, self.requests)
         self.endpoint.start(self._serve)

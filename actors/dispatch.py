@@ -8,6 +8,7 @@ sequences get an error, every other row of the batch goes on.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -93,7 +94,8 @@ class RemoteExperts:
         self.epoch = expert_map.epoch
         self._layer_row = {layer: row for row, layer in enumerate(layers)}
         self._names = [owner.worker for owner in expert_map.owners]
-        self._links = [links.get(name) for name in self._names]
+        lives = [(links.get(owner.worker), owner.incarnation) for owner in expert_map.owners]
+        self._links = [link if link and link.peer.incarnation == life else None for link, life in lives]
         dead = [index for index, link in enumerate(self._links) if link is None or link.closed]
         self._bias = ReplicaBias(expert_map, layers, dead)
         self._table = self._bias.table()
@@ -106,6 +108,9 @@ class RemoteExperts:
         experts = topk_idx.numpy()
         rows = torch.empty(experts.size, x.shape[1], dtype=x.dtype)
         handle = RemoteHandle(layer, x.contiguous(), experts, rows)
+        if layer not in self._layer_row:  # a front end can be faster than the first map
+            self._fail(handle, np.arange(experts.size))
+            return handle
         self.loads[self._layer_row[layer]] += np.bincount(experts.reshape(-1), minlength=self._num_experts)
         self._send(handle, np.arange(experts.size))
         return handle
@@ -114,17 +119,24 @@ class RemoteExperts:
         """Waits for every row, sending again what a lost worker owed. Returns [M, k, hidden]."""
         started = time.monotonic()
         while handle.pending:
-            now = time.monotonic()
-            for part in [part for part in handle.pending.values() if part.expires <= now]:
-                part.link.close(f"no reply for {DISPATCH_DEADLINE_S:.0f} s to a dispatch of layer {handle.layer}")
-                self._lost(handle, part.link)
-            if not handle.pending:
-                break
             nearest = min(part.expires for part in handle.pending.values())
-            for event in self.mail.poll(max(nearest - now, 0.0)):
-                self._on_event(handle, event)
+            events = deque(self.mail.poll(max(nearest - time.monotonic(), 0.0)))
+            if not events:  # judged only when nothing is left to read: it may be us who slept
+                self._give_up_overdue(handle)
+            try:
+                while events:
+                    self._on_event(handle, events.popleft())
+            finally:
+                for event in events:
+                    self.mail.defer(event)
         self.counters.wait_s += time.monotonic() - started
         return handle.rows.view(*handle.topk_idx.shape, -1)
+
+    def _give_up_overdue(self, handle: RemoteHandle) -> None:
+        now = time.monotonic()
+        for part in [part for part in handle.pending.values() if part.expires <= now]:
+            part.link.close(f"no reply for {DISPATCH_DEADLINE_S:.0f} s to a dispatch of layer {handle.layer}")
+            self._lost(handle, part.link)
 
     def end_step(self) -> None:
         """Moves the replica bias by the load of the last steps (law 6)."""
@@ -183,12 +195,17 @@ class RemoteExperts:
             self.mail.defer(event)
 
     def _on_rows(self, handle: RemoteHandle, message: Message) -> None:
-        number, num_pairs, compute_ns = ROWS.unpack(message.meta)
-        part = handle.pending.pop(number, None)
+        number, _, compute_ns = ROWS.unpack(message.meta)
+        part = handle.pending.get(number)
         if part is None:
             return  # a late packet: its slice was sent again and answered by another replica
+        expected = len(part.slots) * handle.x.shape[1] * handle.x.itemsize
+        if message.payload.nbytes != expected:
+            part.link.close(f"it sent {message.payload.nbytes} bytes of rows, {expected} were asked for")
+            self._lost(handle, part.link)
+            return
+        del handle.pending[number]
         rows = rows_from(message.payload, handle.x.dtype, handle.x.shape[1])
-        assert len(rows) == num_pairs == len(part.slots), f"{self._names[part.owner]} returned {len(rows)} rows"
         if len(part.slots) == len(handle.rows):
             handle.rows.copy_(rows)
         else:

@@ -55,11 +55,14 @@ class Engine:
         for chunk in plan.prefill:
             chunk.sequence.started_ns = chunk.sequence.started_ns or now
         self.experts.phase = 0 if plan.decode else 1
-        logits = self.model.forward(batch, LayerSender(self.requests.cache, bound)).logits
+        try:
+            logits = self.model.forward(batch, LayerSender(self.requests.cache, bound)).logits
+        finally:
+            lost_rows = self.experts.take_failed()  # rows of this batch: none may be left for the next one
         self.experts.end_step()
         self.requests.counters["steps"] += 1
         self.requests.counters["tokens"] += len(batch.token_ids)
-        failed = self._fail_rows(plan, self.experts.take_failed())
+        failed = self._fail_rows(plan, lost_rows)
         self._postprocess(plan, logits, failed)
 
     def _postprocess(self, plan: Plan, logits: torch.Tensor, failed: set[Sequence]) -> None:

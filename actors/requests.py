@@ -29,7 +29,7 @@ NUM_TOMBSTONES = 4096  # cancelled ids remembered, for a KV_OPEN that was overta
 
 
 class Requests:
-    """Used by the engine's thread only. `link_to(name)` gives the open link to a peer, if there is one."""
+    """Used by the engine's thread only. It knows a peer from `Opened` on, and until it is closed or comes back."""
 
     def __init__(
         self,
@@ -37,7 +37,6 @@ class Requests:
         config: ModelConfig,
         cache: LatentCache,
         scheduler: Scheduler,
-        link_to: Callable[[str], Link | None],
         tracer: Tracer,
         describe_load: Callable[[], dict[str, Any]],
     ) -> None:
@@ -45,10 +44,10 @@ class Requests:
         self.config = config
         self.cache = cache
         self.scheduler = scheduler
-        self.link_to = link_to
         self.tracer = tracer
         self.describe_load = describe_load
         self.counters: Counter[str] = Counter()
+        self._peers: dict[str, Link] = {}
         self._sequences: dict[str, Sequence] = {}
         self._receiving: dict[tuple[str, int], Sequence] = {}
         self._sent: dict[tuple[str, int], Sequence] = {}
@@ -62,25 +61,54 @@ class Requests:
     # ---- events in
 
     def handle(self, event: Event) -> None:
-        """One link event. Messages of kinds that are not ours (late expert rows) are dropped."""
-        if isinstance(event, Closed):
-            self._on_closed(event)
-        elif isinstance(event, Opened) and event.link.peer.role == "front":
+        """One link event. What comes late from an earlier life of a peer is dropped (DESIGN law 3)."""
+        name = event.link.peer.name
+        if isinstance(event, Opened):
+            self._on_opened(event)
+        elif self._peers.get(name) is not event.link:
+            return
+        elif isinstance(event, Closed):
+            del self._peers[name]
+            self._lose(name, event.reason)
+        else:
+            self._on_received(event)
+
+    def _on_opened(self, event: Opened) -> None:
+        """A peer's new link ends what hung on its old one: neither its numbers nor its blocks survived."""
+        name = event.link.peer.name
+        if old := self._peers.get(name):
+            self._lose(name, "it has come back without what it knew")
+            old.close("its peer has made another link")
+        self._peers[name] = event.link
+        if event.link.peer.role == "front":
             self._send(event.link, Kind.LOAD, pack({"load": self.describe_load()}))
-        elif isinstance(event, Received):
-            handler = self._handlers.get(event.message.kind)
-            if handler:
-                handler(self, event)
+
+    def _on_received(self, event: Received) -> None:
+        """Messages of kinds that are not ours (late expert rows) are dropped."""
+        handler = self._handlers.get(event.message.kind)
+        if handler is None:
+            return
+        try:
+            handler(self, event)
+        except Exception as error:  # one peer's bad message must not end everybody's requests
+            log.exception("%s cannot take a message of %s", self.name, event.link.peer.name)
+            event.link.close(f"{event.link.peer.name} sent a message that cannot be taken: {error}")
+
+    def link_to(self, name: str) -> Link | None:
+        link = self._peers.get(name)
+        return link if link is not None and not link.closed else None
 
     def _on_submit(self, event: Received) -> None:
         sequence = Sequence.from_submit(Submit.unpack(event.message.meta))
-        if sequence.target == self.name:
-            sequence.target = ""
+        if sequence.target == self.name or sequence.params.max_tokens <= 1:
+            sequence.target = ""  # nobody goes on with it after the prompt
         sequence.number, self._next_number = self._next_number, self._next_number + 1
         self._sequences[sequence.id] = sequence
-        if not self.scheduler.submit(sequence):
+        if not all(0 <= token < self.config.vocab_size for token in sequence.tokens) or not sequence.tokens:
+            self.fail(sequence, "invalid", f"a prompt must have tokens, and none but 0 to {self.config.vocab_size - 1}")
+        elif not self.scheduler.submit(sequence):
             self.fail(sequence, "busy", f"{self.name} has no room for a prompt of {sequence.num_prompt} tokens now")
-        elif sequence.target and sequence.params.max_tokens > 1:
+        elif sequence.target:
             link = self.link_to(sequence.target)
             if link is None or not self._send(link, Kind.KV_OPEN, open_message(sequence)):
                 self.fail(sequence, "unavailable", f"{self.name} has no link to decode worker {sequence.target}")
@@ -162,18 +190,15 @@ class Requests:
         Kind.KV_REFUSED: _on_kv_refused,
     }
 
-    def _on_closed(self, event: Closed) -> None:
+    def _lose(self, name: str, reason: str) -> None:
         """A peer is gone: exactly the sequences that need it end, each with its reason (DESIGN law 2)."""
-        name = event.link.peer.name
-        if self.link_to(name) is not None:
-            return  # an older link of a peer that has already come back
         for sequence in list(self._sequences.values()):
             if sequence.front == name:
                 self._drop(sequence, f"front end {name} is gone")
             elif sequence.target == name:
-                self.fail(sequence, "unavailable", f"decode worker {name} is gone: {event.reason}")
+                self.fail(sequence, "unavailable", f"decode worker {name} is gone: {reason}")
             elif sequence.source == name and sequence.state == "receiving":
-                self.fail(sequence, "unavailable", f"prefill worker {name} is gone: {event.reason}")
+                self.fail(sequence, "unavailable", f"prefill worker {name} is gone: {reason}")
 
     # ---- what a step brings
 
@@ -199,11 +224,11 @@ class Requests:
         token = sequence.first_token
         assert token is not None, f"{sequence.id} handed over without a first token"
         link = self.kv_link(sequence)
-        del self._sent[sequence.target, sequence.number]
         done = pack({"number": sequence.number, "token_id": token.token_id})
         if link is None or not self._send(link, Kind.KV_DONE, done):
             self.fail(sequence, "unavailable", f"decode worker {sequence.target} is gone")
             return
+        del self._sent[sequence.target, sequence.number]
         self._emit(sequence, self.item(sequence, [token]))
         self._trace_prefill(sequence)
         attributes: Attributes = {"braid.kv.bytes": sequence.kv_bytes, "braid.to": sequence.target}
@@ -280,17 +305,19 @@ class Requests:
         if not self._outbox:
             return
         load = self.describe_load()
-        for front, items in self._outbox.items():
+        outbox, self._outbox = self._outbox, {}
+        for front, items in outbox.items():
             link = self.link_to(front)
             if link is not None:
                 self._send(link, Kind.TOKENS, pack({"load": load, "items": [item.wire() for item in items]}))
-        self._outbox = {}
 
     def _send(self, link: Link, kind: Kind, meta: bytes) -> bool:
+        """What a peer has no room for ends its link: it would wait in vain for an answer or a block (DESIGN law 7)."""
         try:
             link.send(kind, meta)
         except (LinkClosed, LinkFull) as error:
             log.warning("%s to %s not sent: %s", kind.name, link.peer.name, error)
+            link.close(str(error))
             return False
         return True
 

@@ -1,0 +1,150 @@
+"""The expert hop from its attention side: real links, scripted expert workers that answer x * (expert + 1)."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from braid.actors.dispatch import RemoteExperts
+from braid.actors.links import Hello, Link
+from braid.actors.messages import DISPATCH, ROWS, Kind
+from braid.actors.reactor import Closed, Event, Opened, Reactor, Received
+from braid.actors.socket_pipe import SocketPipe
+from braid.actors.wire import bytes_of, rows_from
+from braid.router.expert_map import Owner, assign, build_map
+
+NUM_EXPERTS, HIDDEN, LAYER = 4, 3, 1
+X = torch.arange(6.0).view(2, HIDDEN)
+TOPK = torch.tensor([[0, 3], [2, 1]])
+EXPECTED = X[:, None] * (TOPK + 1)[..., None]
+
+
+class Expert:
+    """One expert worker: `cut_rows` of its answers are missing; while `is_silent` it answers nothing."""
+
+    def __init__(self, name: str, attention: Reactor) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.link = Link(Hello(name, "expert", 1, "host"), SocketPipe(ours, "unix"))
+        self.far = Link(Hello("attention", "both", 1, "host"), SocketPipe(theirs, "unix"))
+        self.reactor = Reactor()
+        self.reactor.add(self.far)
+        self.is_silent = False
+        self.cut_rows = 0
+        self.num_asked = 0
+        attention.add(self.link)
+
+    def answer(self) -> None:
+        for event in self.reactor.poll(0):
+            if isinstance(event, Received) and not self.is_silent:
+                number, _, _, _, _, _, num_pairs = DISPATCH.unpack(event.message.meta)
+                payload = event.message.payload
+                pairs = np.frombuffer(payload[: 8 * num_pairs], dtype=np.int32).reshape(2, num_pairs)
+                x = rows_from(payload[8 * num_pairs :], torch.float32, HIDDEN)
+                rows = x[torch.from_numpy(pairs[0].copy())] * torch.from_numpy(pairs[1] + 1)[:, None]
+                self.num_asked += 1
+                meta = ROWS.pack(number, num_pairs, 0)
+                self.far.send(Kind.ROWS, meta, bytes_of(rows[: len(rows) - self.cut_rows]))
+
+
+class Post:
+    """The attention worker's mail; expert workers get their turn whenever it is read."""
+
+    def __init__(self) -> None:
+        self.reactor = Reactor()
+        self.experts = [Expert(f"expert-{i}", self.reactor) for i in range(2)]
+        self.deferred: list[Event] = []
+        self.reactor.poll(0)
+        for expert in self.experts:
+            expert.answer()
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        for expert in self.experts:
+            expert.answer()
+        return self.reactor.poll(min(timeout_s, 1.0))
+
+    def defer(self, event: Event) -> None:
+        self.deferred.append(event)
+
+
+@pytest.fixture
+def post() -> Iterator[Post]:
+    made = Post()
+    yield made
+    made.reactor.close()
+    for expert in made.experts:
+        expert.reactor.close()
+
+
+def remote(post: Post, incarnation: int = 1) -> RemoteExperts:
+    """Every expert is on both workers."""
+    names = ["expert-0", "expert-1"]
+    owners = [Owner(names[0], 1), Owner(names[1], incarnation)]
+    made = RemoteExperts(post, NUM_EXPERTS)
+    expert_map = build_map(1, NUM_EXPERTS, [LAYER], owners, assign(NUM_EXPERTS, names, 2))
+    made.set_map(expert_map, {expert.link.peer.name: expert.link for expert in post.experts})
+    return made
+
+
+def test_rows_come_back_in_slot_order(post: Post) -> None:
+    experts = remote(post)
+    assert torch.equal(experts.collect(experts.dispatch(LAYER, X, TOPK)), EXPECTED)
+    assert experts.take_failed() == {}
+    assert post.experts[0].num_asked
+    assert post.experts[1].num_asked
+
+
+def test_before_the_first_map_every_row_fails_by_name_and_nothing_breaks(post: Post) -> None:
+    experts = RemoteExperts(post, NUM_EXPERTS)
+    assert torch.equal(experts.collect(experts.dispatch(LAYER, X, TOPK)), torch.zeros(2, 2, HIDDEN))
+    assert sorted(experts.take_failed()) == [0, 1]
+
+
+def test_an_earlier_life_of_an_owner_is_not_asked(post: Post) -> None:
+    experts = remote(post, incarnation=2)
+    assert torch.equal(experts.collect(experts.dispatch(LAYER, X, TOPK)), EXPECTED)
+    assert post.experts[1].num_asked == 0
+
+
+def test_a_worker_that_is_gone_is_replaced_in_the_middle_of_a_layer(post: Post) -> None:
+    experts = remote(post)
+    handle = experts.dispatch(LAYER, X, TOPK)
+    post.experts[0].far.close()
+    assert torch.equal(experts.collect(handle), EXPECTED)
+    assert [type(event) for event in post.deferred] == [Closed]
+    assert experts.take_failed() == {}
+
+
+def test_a_worker_that_answers_wrongly_is_left_out_and_no_event_is_lost(post: Post) -> None:
+    experts = remote(post)
+    post.experts[0].cut_rows = 1
+    handle = experts.dispatch(LAYER, X, TOPK)
+    third = Expert("front-0", post.reactor)
+    assert torch.equal(experts.collect(handle), EXPECTED)
+    assert post.experts[0].link.closed
+    third.reactor.close()
+    post.poll(0)
+    assert [event.link.peer.name for event in post.deferred if isinstance(event, Opened)] == ["front-0"]
+
+
+def test_replies_that_lay_there_while_we_were_stopped_are_in_time(post: Post) -> None:
+    experts = remote(post)
+    handle = experts.dispatch(LAYER, X, TOPK)
+    for part in handle.pending.values():
+        part.expires = 0.0
+    assert torch.equal(experts.collect(handle), EXPECTED)
+    assert not any(expert.link.closed for expert in post.experts)
+
+
+def test_a_silent_worker_is_given_up_at_its_deadline(post: Post) -> None:
+    experts = remote(post)
+    post.experts[0].is_silent = True
+    handle = experts.dispatch(LAYER, X, TOPK)
+    for part in handle.pending.values():
+        part.expires = 0.0
+    assert torch.equal(experts.collect(handle), EXPECTED)
+    assert "no reply" in str(post.experts[0].link.closed)
+    assert not post.experts[1].link.closed

@@ -1,0 +1,271 @@
+"""Requests between two attention workers and a front end: in whatever order they hear, each is answered and freed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_engines import Front, Worker, answer_to, connect
+
+from braid.actors.links import Link
+from braid.actors.messages import KV_LAYER, Kind, pack
+from braid.model.sampling_params import SamplingParams
+
+TEN = SamplingParams(max_tokens=10, temperature=0.0)
+
+
+class Trio:
+    """Workers `a` and `b`, linked with each other and with one front end."""
+
+    def __init__(self, **limits: int) -> None:
+        self.limits = limits
+        self.front = Front()
+        self.workers = {name: Worker(name, **limits) for name in "ab"}
+        self.ends: dict[str, tuple[Link, Link]] = {}
+        for pair in ("ab", "af", "bf"):
+            self.connect(pair)
+        for side in (*self.workers.values(), self.front):
+            side.listen()
+
+    def connect(self, pair: str) -> None:
+        self.ends[pair] = connect(self.member(pair[0]), self.member(pair[1]))
+
+    def member(self, name: str) -> Worker | Front:
+        return self.front if name == "f" else self.workers[name]
+
+    def cut(self, pair: str) -> None:
+        self.ends[pair][0].close("cut")
+
+    def restart(self, name: str) -> None:
+        """The worker dies and a new life of it is linked with the others at once."""
+        pairs = [pair for pair in self.ends if name in pair]
+        for pair in pairs:
+            self.cut(pair)
+        old = self.workers[name]
+        old.close()
+        self.workers[name] = Worker(name, old.hello.incarnation + 1, **self.limits)
+        for pair in pairs:
+            self.connect(pair)
+
+    def run(self, rounds: int = 60) -> None:
+        """Until nobody has anything to do."""
+        quiet = 0
+        for _ in range(rounds * 10):
+            busy = [worker.turn() for worker in self.workers.values()]
+            self.front.listen()
+            quiet = 0 if any(busy) else quiet + 1
+            if quiet > 4:
+                return
+        raise AssertionError("the workers never came to rest")
+
+    def check(self) -> None:
+        for worker in self.workers.values():
+            worker.assert_empty()
+        for heard in self.front.heard.values():
+            heard.check()
+
+    def close(self) -> None:
+        for side in (*self.workers.values(), self.front):
+            side.reactor.close()
+
+
+@pytest.fixture
+def trio() -> Iterator[Trio]:
+    made = Trio()
+    try:
+        yield made
+        made.run()
+        made.check()
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("decode", ["a", "b"])
+@pytest.mark.parametrize("num_prompt", [1, 63, 64, 65, 130])
+def test_an_answer_is_the_same_with_and_without_a_handover(trio: Trio, decode: str, num_prompt: int) -> None:
+    params = SamplingParams(max_tokens=10, temperature=0.0, prompt_logprobs=1)
+    name = trio.front.submit("a", decode, num_prompt, params)
+    trio.run()
+    heard = trio.front.heard[name]
+    assert [heard.tokens[index] for index in range(len(heard.tokens))] == answer_to(num_prompt, params)
+    assert heard.prompt_logprobs == num_prompt
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_what_needs_no_decode_worker_does_not_hang_on_one(trio: Trio, max_tokens: int) -> None:
+    name = trio.front.submit("a", "b", 100, SamplingParams(max_tokens, temperature=0.0, prompt_logprobs=0))
+    trio.workers["a"].turn()
+    trio.cut("ab")
+    trio.run()
+    heard = trio.front.heard[name]
+    assert (heard.finishes, len(heard.tokens), heard.errors) == (["length"], max_tokens, [])
+
+
+def test_a_prefill_worker_that_is_back_at_once_does_not_keep_its_old_reservations(trio: Trio) -> None:
+    lost = trio.front.submit("a", "b", 100, TEN)
+    trio.workers["a"].turn()
+    trio.workers["b"].listen()
+    trio.restart("a")
+    trio.workers["b"].turn()
+    trio.front.listen()
+    assert [error["code"] for error in trio.front.heard[lost].errors] == ["unavailable"]
+    trio.front.submit("a", "b", 100, TEN)  # its number is the old life's
+
+
+def test_a_decode_worker_that_is_back_at_once_is_not_taken_for_its_old_life(trio: Trio) -> None:
+    lost = trio.front.submit("a", "b", 100, TEN)
+    trio.workers["a"].turn()
+    trio.workers["b"].listen()
+    trio.restart("b")
+    trio.front.heard[lost].is_excused = False
+    trio.run()
+    assert trio.front.heard[lost].finishes == ["error"]
+
+
+def test_a_front_end_that_reconnects_has_given_up_what_it_asked_before(trio: Trio) -> None:
+    trio.front.submit("a", "a", 10, SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True))
+    trio.workers["a"].turn()
+    trio.cut("af")
+    trio.connect("af")
+    trio.workers["a"].listen()
+    trio.workers["a"].assert_empty()
+
+
+def test_a_cancel_may_overtake_what_it_cancels(trio: Trio) -> None:
+    name = trio.front.submit("a", "b", 100, TEN)
+    trio.front.cancel(name)
+    trio.workers["b"].listen()  # CANCEL comes before KV_OPEN
+    trio.workers["a"].turn()
+    trio.run()
+    assert trio.front.heard[name].finishes == []
+
+
+def test_a_step_that_raises_ends_its_sequences_and_leaves_nothing_for_the_next(trio: Trio) -> None:
+    lost = trio.front.submit("a", "a", 20, TEN)
+    worker = trio.workers["a"]
+    worker.experts.failed = {17: "no live replica of expert 3"}
+    worker.model.defect = "one bad step"
+    worker.turn()
+    worker.model.defect = None
+    whole = trio.front.submit("a", "a", 2, TEN)
+    trio.run()
+    assert [error["code"] for error in trio.front.heard[lost].errors] == ["internal"]
+    assert trio.front.heard[whole].finishes == ["length"]
+
+
+def test_rows_that_lost_an_expert_end_their_own_sequence_only(trio: Trio) -> None:
+    worker = trio.workers["a"]
+    first = trio.front.submit("a", "a", 5, SamplingParams(9, temperature=0.0, prompt_logprobs=0, ignore_eos=True))
+    worker.turn()
+    struck = trio.front.submit("a", "a", 7, SamplingParams(9, temperature=0.0, prompt_logprobs=0, ignore_eos=True))
+    last = trio.front.submit("a", "a", 9, SamplingParams(9, temperature=0.0, ignore_eos=True))
+    worker.experts.failed = {1 + 6: "no live replica of expert 3"}  # row 0 decodes `first`
+    trio.run()
+    assert [error["code"] for error in trio.front.heard[struck].errors] == ["unavailable"]
+    assert [trio.front.heard[name].finishes for name in (first, last)] == [["length"], ["length"]]
+
+
+def test_a_message_that_cannot_be_read_costs_its_sender_the_link_and_nobody_else(trio: Trio) -> None:
+    spared = trio.front.submit("b", "b", 10, TEN)
+    trio.workers["b"].turn()
+    garbage = [(Kind.KV_OPEN, b"\xc1"), (Kind.KV_DONE, pack({})), (Kind.KV_LAYER, KV_LAYER.pack(9, 1, 0, 1))]
+    for kind, meta in garbage:
+        trio.ends["ab"][0].send(kind, meta)
+        trio.workers["b"].listen()
+        if kind is not Kind.KV_LAYER:  # rows of a request that is not known are dropped unread
+            assert trio.ends["ab"][1].closed
+            trio.connect("ab")
+            trio.workers["b"].listen()
+    trio.run()
+    assert trio.front.heard[spared].finishes == ["length"]
+
+
+def test_what_cannot_be_computed_is_refused_by_name(trio: Trio) -> None:
+    empty = trio.front.submit("a", "a", 0, TEN)
+    spared = trio.front.submit("a", "a", 3, TEN)
+    trio.run()
+    assert [error["code"] for error in trio.front.heard[empty].errors] == ["invalid"]
+    assert trio.front.heard[spared].finishes
+
+
+def test_a_front_end_that_does_not_read_loses_its_link(trio: Trio) -> None:
+    worker, link = trio.workers["a"], trio.ends["af"][0]
+    link.max_queued_bytes = 10_000
+    trio.front.submit("a", "a", 3, SamplingParams(400, temperature=0.0, ignore_eos=True))
+    worker.turn()
+    while not link.closed:  # the socket's buffer fills up, then the link's own queue
+        assert worker.turn(), "tokens were lost and nobody noticed"
+        if not link.closed and link.queued_bytes < 4_000:
+            link.send(Kind.LOAD, bytes(5000))
+    worker.listen()
+    worker.assert_empty()
+
+
+OPERATIONS = st.one_of(
+    st.tuples(
+        st.just("submit"),
+        st.sampled_from(["aa", "ab", "ba", "bb"]),
+        st.integers(1, 200),
+        st.integers(0, 12),
+        st.booleans(),
+    ),
+    st.tuples(st.just("cancel"), st.integers(0, 9)),
+    st.tuples(st.just("turn"), st.sampled_from("ab")),
+    st.tuples(st.just("turn"), st.sampled_from("ab")),
+    st.tuples(st.just("listen"), st.sampled_from("abf")),
+    st.tuples(st.just("cut"), st.sampled_from(["ab", "af", "bf"])),
+    st.tuples(st.just("connect"), st.sampled_from(["ab", "af", "bf"])),
+    st.tuples(st.just("restart"), st.sampled_from("ab")),
+    st.tuples(st.just("defect"), st.sampled_from("ab")),
+    st.tuples(st.just("lost rows"), st.sampled_from("ab"), st.integers(0, 3)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(OPERATIONS, max_size=30))
+def test_whatever_happens_every_request_is_answered_and_every_block_comes_back(
+    operations: list[tuple[str, ...]],
+) -> None:
+    trio = Trio(blocks=6, max_waiting=3)
+    try:
+        for operation in operations:
+            play(trio, *operation)
+        for pair in trio.ends:
+            if trio.ends[pair][0].closed:
+                trio.connect(pair)
+        trio.run()
+        trio.check()
+    finally:
+        trio.close()
+
+
+def play(trio: Trio, what: str, *args: object) -> None:
+    match what, args:
+        case "submit", [str(where), int(num_prompt), int(max_tokens), bool(is_late)]:
+            wanted = SamplingParams(max_tokens, temperature=0.0, prompt_logprobs=0 if max_tokens % 3 == 0 else None)
+            trio.front.submit(where[0], where[1], num_prompt, wanted, deadline=0.0 if is_late else None)
+        case "cancel", [int(number)] if number < len(trio.front.heard):
+            trio.front.cancel(f"r{number}")
+        case "turn", [str(name)]:
+            trio.workers[name].turn()
+        case "listen", ["f"]:
+            trio.front.listen()
+        case "listen", [str(name)]:
+            trio.workers[name].listen()
+        case "cut", [str(pair)]:
+            trio.cut(pair)
+        case "connect", [str(pair)] if trio.ends[pair][0].closed:
+            trio.connect(pair)
+        case "restart", [str(name)]:
+            trio.restart(name)
+        case "defect", [str(name)]:
+            worker = trio.workers[name]
+            worker.model.defect = "a bad step"
+            worker.turn()
+            worker.model.defect = None
+        case "lost rows", [str(name), int(row)]:
+            worker = trio.workers[name]
+            if row < sum(1 for _ in worker.scheduler.decoding):
+                worker.experts.failed[row] = "no live replica of expert 0"
