@@ -34,6 +34,9 @@ class FrontActor:
         )
         self.following = asyncio.ensure_future(follow(self.ask, self.front.apply))
 
+    async def metrics(self) -> bytes:
+        return self.front.metrics.render()
+
     async def load(self) -> dict[str, Any]:
         return {"pid": os.getpid(), **self.front.load()}
 

@@ -69,6 +69,18 @@ class ViewFeed:
         return view
 
 
+class GrpcMetrics:
+    """Asks the gRPC front end for its exposition, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def __call__(self) -> bytes:
+        actor = ray.get_actor(GRPC_FRONT, namespace=namespace_of(self.name))
+        exposition: bytes = await actor.metrics.remote()
+        return exposition
+
+
 class RayWorker:
     """A worker's actor, with Ray's exceptions turned into ours and the worker's own."""
 
@@ -141,7 +153,7 @@ class RayLauncher:
         elif settings.with_http:
             from .http_serve import deploy
 
-            await asyncio.to_thread(deploy, settings, ViewFeed(settings.spec.name))
+            await asyncio.to_thread(deploy, settings, ViewFeed(settings.spec.name), GrpcMetrics(settings.spec.name))
 
     async def check_front(self, front: FrontName, settings: ControllerSettings) -> dict[str, Any]:
         from .front_check import check_grpc, check_http

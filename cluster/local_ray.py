@@ -27,7 +27,8 @@ def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
     # Law 10: loopback. Ray turns _node_ip_address="127.0.0.1" into the host's own address; this is the one way to have
     # its servers listen on loopback only, meant for systems where it supports no more than one node.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):  # the user's own Ray is none of ours
+        os.environ.pop(name, None)
     import ray
 
     ray.init(

@@ -16,7 +16,7 @@ from ray import serve
 from ..cluster.controller_settings import ControllerSettings
 from ..cluster.errors import ClusterNotFound, SpecError
 from ..cluster.http_serve import application
-from ..cluster.launch import ViewFeed, find_controller, start_controller
+from ..cluster.launch import GrpcMetrics, ViewFeed, find_controller, start_controller
 from ..cluster.preflight import model_facts, read_api_keys, read_secret
 from ..cluster.spec import ClusterSpec, load_spec
 
@@ -31,7 +31,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         find_controller(settings.spec.name)
     except ClusterNotFound:
         ray.get(start_controller(settings).up.remote())
-    return application(settings, ViewFeed(settings.spec.name))
+    return application(settings, ViewFeed(settings.spec.name), GrpcMetrics(settings.spec.name))
 
 
 def settings_for(spec: ClusterSpec, start_timeout_s: float) -> ControllerSettings:
