@@ -12,7 +12,7 @@ import torch
 
 from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, Segment
-from ..model.sampler import prompt_logprobs, sample
+from ..model.sampler import NothingToSample, SampledToken, prompt_logprobs, sample
 from .kv_transfer import LayerSender
 from .requests import Requests, wire_logprob
 from .scheduler import Chunk, Plan
@@ -72,8 +72,12 @@ class Engine:
         for chunk in plan.prefill:
             rows = _num_logit_rows(chunk)
             chunk.sequence.num_computed = chunk.start + chunk.num
-            if chunk.sequence.params.prompt_logprobs is not None:
-                _extend_prompt_logprobs(chunk, logits[row : row + rows])
+            if chunk.sequence.params.prompt_logprobs is not None and chunk.sequence not in failed:
+                try:
+                    _extend_prompt_logprobs(chunk, logits[row : row + rows])
+                except NothingToSample as error:
+                    self.requests.fail(chunk.sequence, "internal", str(error))
+                    failed.add(chunk.sequence)
             if chunk.is_last:
                 picks.append((chunk.sequence, row + rows - 1))
             row += rows
@@ -88,17 +92,32 @@ class Engine:
         picks = [pick for pick in picks if pick[0] not in scoring]
         if not picks:
             return
-        rows = torch.tensor([index for _, index in picks])
+        try:
+            tokens = self._tokens(picks, logits)
+        except NothingToSample as error:  # ends the sequences it concerns, and no other of the batch
+            for row in error.rows:
+                self._fail_unsampled(*picks[row], logits, error)
+            self._sample([pick for row, pick in enumerate(picks) if row not in error.rows], logits)
+            return
+        for (sequence, _), token in zip(picks, tokens, strict=True):
+            self.requests.append(sequence, token)
+
+    def _tokens(self, picks: list[tuple[Sequence, int]], logits: torch.Tensor) -> list[SampledToken]:
         sequences = [sequence for sequence, _ in picks]
         eos = self.config.eos_token_ids
-        tokens = sample(
-            logits[rows],
+        return sample(
+            logits[torch.tensor([index for _, index in picks])],
             [sequence.params for sequence in sequences],
             [len(sequence.tokens) for sequence in sequences],
             [s.params.banned_ids(s.num_generated, eos) for s in sequences],
         )
-        for sequence, token in zip(sequences, tokens, strict=True):
-            self.requests.append(sequence, token)
+
+    def _fail_unsampled(self, sequence: Sequence, row: int, logits: torch.Tensor, error: NothingToSample) -> None:
+        if torch.isfinite(logits[row].max()):
+            told = f"min_tokens is {sequence.params.min_tokens}, but stop_token_ids and end tokens leave no other token"
+            self.requests.fail(sequence, "invalid", told)
+        else:
+            self.requests.fail(sequence, "internal", str(error))
 
     def _fail_rows(self, plan: Plan, failed: dict[int, str]) -> set[Sequence]:
         if not failed:

@@ -17,10 +17,18 @@ from torch import Tensor
 from .noise import gumbel
 from .sampling_params import MAX_LOGPROBS, SamplingParams
 
-__all__ = ["MAX_LOGPROBS", "SampledToken", "SamplingParams", "prompt_logprobs", "sample"]
+__all__ = ["MAX_LOGPROBS", "NothingToSample", "SampledToken", "SamplingParams", "prompt_logprobs", "sample"]
 
 Ids = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float64]
+
+
+class NothingToSample(FloatingPointError):
+    """The logits in `rows` are NaN, infinite or all banned; the other rows can be sampled without them."""
+
+    def __init__(self, rows: list[int], positions: list[int]) -> None:
+        super().__init__(f"logits are NaN, infinite or all banned at positions {positions}: nothing can be sampled")
+        self.rows = rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ def sample(
     banned: Sequence[Sequence[int]] | None = None,
 ) -> list[SampledToken]:
     """logits: [R, vocab] fp32. `positions` are the absolute positions the new tokens will take in their sequences;
-    `banned[row]` lists tokens that must not be sampled (end tokens before min_tokens)."""
+    `banned[row]` lists tokens that must not be sampled (end tokens before min_tokens). Raises NothingToSample."""
     assert logits.shape[0] == len(params) == len(positions), (logits.shape, len(params), len(positions))
     allowed = _without_banned(logits, banned)
     best, token_ids = allowed.max(dim=-1)  # the first of equal maxima; NaN wins, so poisoned logits show here
@@ -71,11 +79,9 @@ def _without_banned(logits: Tensor, banned: Sequence[Sequence[int]] | None) -> T
 
 
 def _check_finite(best: Tensor, positions: Sequence[int]) -> None:
-    bad = [positions[row] for row in torch.isfinite(best).logical_not().nonzero().flatten().tolist()]
+    bad: list[int] = torch.isfinite(best).logical_not().nonzero().flatten().tolist()
     if bad:
-        raise FloatingPointError(
-            f"logits are NaN, infinite or all masked at positions {bad}: the step cannot be sampled"
-        )
+        raise NothingToSample(bad, [positions[row] for row in bad])
 
 
 def _sample_row(logits: Tensor, params: SamplingParams, position: int) -> int:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 MAX_LOGPROBS = 20
+MAX_STOP_IDS = 1024  # they are looked at for every token
+MAX_ID = 2**31 - 1
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 
 
@@ -44,7 +46,7 @@ class SamplingParams:
             "use 0 (greedy) or a positive number",
         )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number in (0, 1]; 1 is off")
-        _require(self.top_k >= 0, "top_k", self.top_k, "use 1 or more; 0 is off")
+        _require(0 <= self.top_k <= MAX_ID, "top_k", self.top_k, f"use 1 to {MAX_ID}; 0 is off")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "use a number in [0, 1]; 0 is off")
         _require(MIN_SEED <= self.seed <= MAX_SEED, "seed", self.seed, "use a 64-bit signed integer")
         _require(
@@ -54,8 +56,13 @@ class SamplingParams:
             f"use 0 to max_tokens ({self.max_tokens})",
         )
         _require(
-            all(token >= 0 for token in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "use ids >= 0"
+            len(self.stop_token_ids) <= MAX_STOP_IDS,
+            "stop_token_ids",
+            f"{len(self.stop_token_ids)} ids",
+            f"use at most {MAX_STOP_IDS}",
         )
+        for token in self.stop_token_ids:
+            _require(0 <= token <= MAX_ID, "stop_token_ids", token, f"use ids from 0 to {MAX_ID}")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _require(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"use 0 to {MAX_LOGPROBS}")
 

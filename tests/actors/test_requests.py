@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_engines import Front, Worker, answer_to, connect
+from scripted_engines import VOCAB, Front, Worker, answer_to, connect
 
 from braid.actors.links import Link
 from braid.actors.messages import KV_LAYER, Kind, pack
@@ -165,6 +165,18 @@ def test_rows_that_lost_an_expert_end_their_own_sequence_only(trio: Trio) -> Non
     trio.run()
     assert [error["code"] for error in trio.front.heard[struck].errors] == ["unavailable"]
     assert [trio.front.heard[name].finishes for name in (first, last)] == [["length"], ["length"]]
+
+
+def test_a_sequence_that_cannot_be_sampled_ends_alone(trio: Trio) -> None:
+    everything = tuple(range(VOCAB))
+    spared = trio.front.submit("a", "b", 5, TEN)
+    strange = trio.front.submit("a", "b", 6, SamplingParams(9, min_tokens=2, stop_token_ids=everything))
+    last = trio.front.submit("a", "b", 7, TEN)
+    trio.run()
+    [error] = trio.front.heard[strange].errors
+    assert error["code"] == "invalid"
+    assert "min_tokens is 2, but stop_token_ids and end tokens leave no other token" in error["message"]
+    assert [trio.front.heard[name].finishes for name in (spared, last)] == [["length"], ["length"]]
 
 
 def test_a_message_that_cannot_be_read_costs_its_sender_the_link_and_nobody_else(trio: Trio) -> None:
