@@ -75,12 +75,21 @@ def chat(line: Line, sampling: pb.Sampling, console: Console) -> None:
             return
         if not text:
             continue
-        try:
-            answer = _show(stream(line, talk.request(text, sampling)), console)
-        except KeyboardInterrupt:
-            console.print("\n(cut short)", style="dim")
-            answer = ""
+        _turn(line, talk, text, sampling, console)
+
+
+def _turn(line: Line, talk: Conversation, text: str, sampling: pb.Sampling, console: Console) -> None:
+    """A turn that was refused or cut short is as if it had not been: the next one starts from what was complete."""
+    before = len(talk.messages)
+    try:
+        answer = _show(stream(line, talk.request(text, sampling)), console)
         talk.messages.append({"role": "assistant", "content": answer})
+    except KeyboardInterrupt:
+        console.print("\n(cut short)", style="dim")
+        del talk.messages[before:]
+    except AnswerRefused as error:
+        console.print(str(error), style="red", markup=False)
+        del talk.messages[before:]
 
 
 def _show(responses: Iterator[pb.GenerateResponse], console: Console) -> str:
