@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -73,8 +74,15 @@ def _add_up(commands: Any) -> None:
     up.add_argument("--http-port", type=int, metavar="P")
     up.add_argument("--grpc-port", type=int, metavar="P")
     up.add_argument("--address", metavar="A", help="an existing Ray cluster; default: a local Ray of our own")
-    up.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds to be ready in; default 600")
+    up.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="seconds to be ready in; default 600")
     up.set_defaults(run=_up)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return seconds
 
 
 def _add_status_and_down(commands: Any) -> None:

@@ -11,6 +11,7 @@ import psutil
 
 from ..model.config import ModelConfig
 from ..model.licences import find_licences
+from ..model.tokenizer import Tokenizer
 from .controller_settings import ModelFacts
 from .errors import SpecError
 from .plan import plan_pools
@@ -24,12 +25,19 @@ def model_path(spec: ClusterSpec) -> Path:
 
 
 def model_facts(spec: ClusterSpec) -> ModelFacts:
-    """Reads config.json only. Raises SpecError for a model that cannot be served as the spec says."""
+    """Reads everything but the weights. Raises ValueError for a model that cannot be served as the spec says."""
     path = model_path(spec)
     if not path.is_dir():
         raise SpecError(f"model.path: {path} is not a directory with a checkpoint")
     config = ModelConfig.from_path(path)
-    longest = min(spec.engine.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+    longest = spec.engine.max_model_len or config.max_position_embeddings
+    if longest > config.max_position_embeddings:
+        raise SpecError(
+            f"engine.max_model_len: {longest} is longer than the model's context of "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings); lower it or leave it out"
+        )
+    tokenizer = Tokenizer(path)  # a broken one, or a chat template that does not compile, is said before the start
+    no_text = () if tokenizer.has_text else (f"{path} has no tokenizer.json: this cluster takes token ids, not text.",)
     facts = ModelFacts(
         path=str(path),
         num_experts=config.n_routed_experts or 0,
@@ -38,7 +46,7 @@ def model_facts(spec: ClusterSpec) -> ModelFacts:
         max_model_len=longest,
         architecture=(config.architectures or (config.model_type,))[0],
         created=int((path / "config.json").stat().st_mtime),
-        notices=find_licences(path).notices,
+        notices=find_licences(path).notices + no_text,
     )
     plan_pools(spec, facts.num_experts)
     return facts

@@ -111,6 +111,10 @@ def check_request(request: GenerateRequest, settings: FrontEndSettings) -> None:
     params.check()
     if not num_prompt:
         raise ValueError("the prompt is empty: send at least one token")
+    if num_prompt > settings.max_model_len - bool(params.max_tokens):
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens and the context is {settings.max_model_len}: shorten the prompt"
+        )
     if num_prompt + params.max_tokens > settings.max_model_len:
         raise ValueError(
             f"a prompt of {num_prompt} tokens and max_tokens {params.max_tokens} exceed the context of "

@@ -181,6 +181,8 @@ def _engine_problems(engine: EngineLimits) -> Iterator[str]:
 
 
 def _front_end_problems(front: FrontEndSpec) -> Iterator[str]:
+    if front.host.strip() == "":
+        yield "front_end.host: must not be empty; 127.0.0.1 listens on this machine only, 0.0.0.0 everywhere"
     for name in ("http_port", "grpc_port"):
         if not 1 <= getattr(front, name) <= 65535:
             yield f"front_end.{name}: {getattr(front, name)} must be between 1 and 65535"
@@ -196,6 +198,8 @@ def _experts(raw: Any) -> Any:
     """`experts: colocated` is short for {colocated: true}; replicas default to 2, or to 1 with a single worker."""
     if raw == "colocated":
         raw = {"colocated": True}
+    if isinstance(raw, str):
+        raise SpecError(f"experts: expected 'colocated' or settings such as {{workers: 2}}, got {raw!r}")
     if not isinstance(raw, Mapping):
         return raw
     pool = dict(raw)

@@ -64,7 +64,17 @@ def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing answers at 127.0.0.1:1: is the cluster up?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["up", "--speed", "9"], ["convert", "a", "b", "--to", "int4"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["up", "--speed", "9"],
+        ["up", "--timeout", "nan"],
+        ["up", "--timeout=-1"],
+        ["convert", "a", "b", "--to", "int4"],
+    ],
+)
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -153,7 +153,7 @@ def test_a_caller_that_goes_frees_the_blocks(run_dir: Path, byte_tokenizer: Toke
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[257])), "INVALID_ARGUMENT", "token id 257"),
         (pb.GenerateRequest(text="x", sampling=pb.Sampling(temperature=-1)), "INVALID_ARGUMENT", "temperature is -1.0"),
         (pb.GenerateRequest(text="x", sampling=pb.Sampling(max_tokens=0)), "INVALID_ARGUMENT", "max_tokens is 0"),
-        (pb.GenerateRequest(text="x" * 5000), "INVALID_ARGUMENT", "exceed the context"),
+        (pb.GenerateRequest(text="x" * 5000), "INVALID_ARGUMENT", "the context is 4096: shorten the prompt"),
         (pb.GenerateRequest(text="x", model="huge"), "NOT_FOUND", "no model 'huge' here: this cluster serves 'tiny'"),
         (say("x" * 9999), "RESOURCE_EXHAUSTED", "larger than max"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from braid.cluster.errors import SpecError
-from braid.cluster.preflight import check_ports, check_weights, model_facts, read_api_keys, read_secret
+from braid.cluster.preflight import check_ports, check_weights, model_facts, model_path, read_api_keys, read_secret
 from braid.cluster.spec import ClusterSpec, from_dict
 
 
@@ -26,11 +27,41 @@ def test_the_bundled_model_is_ready_to_serve() -> None:
     [
         ({"model": {"path": "/nowhere"}}, "model.path: /nowhere is not a directory"),
         ({"experts": {"workers": 999}}, "experts.workers: 999 workers for"),
+        ({"engine": {"max_model_len": 10**6}}, "engine.max_model_len: 1000000 is longer than the model's context of"),
     ],
 )
 def test_a_model_that_cannot_be_served_as_asked(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_facts(from_dict(spec))
+
+
+def without_weights(folder: Path) -> Path:
+    """The bundled model's small files."""
+    for file in model_path(ClusterSpec()).glob("*.json"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_a_model_without_a_tokenizer_is_announced(tmp_path: Path) -> None:
+    (without_weights(tmp_path) / "tokenizer.json").unlink()
+    (tmp_path / "LICENSE-MODEL").write_text("DEEPSEEK LICENSE AGREEMENT\n")
+    terms, text = model_facts(from_dict({"model": {"path": str(tmp_path)}})).notices
+    assert "read LICENSE-MODEL" in terms
+    assert "has no tokenizer.json: this cluster takes token ids, not text" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("chat_template.jinja", "{% for %}", "the chat template does not compile"),
+    ],
+)
+def test_a_broken_tokenizer_is_said_before_anything_starts(tmp_path: Path, file: str, text: str, message: str) -> None:
+    (without_weights(tmp_path) / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        model_facts(from_dict({"model": {"path": str(tmp_path)}}))
 
 
 def test_too_little_memory_is_said_with_the_figures() -> None:
