@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from typing import Any
 
@@ -23,13 +24,15 @@ from ..model.weights import load_attention, load_experts
 from .dispatch import RemoteExperts
 from .endpoint import Endpoint
 from .engine import Engine
+from .links import LinkError
 from .loading import Loading, available_memory, memory_checked, resolve_dtype
 from .messages import Kind, pack
+from .reactor import Event, Opened
 from .requests import Requests
 from .scheduler import Scheduler
 from .settings import WorkerSettings
-from .tracing import setup_tracer
-from .view import ClusterView, WorkerInfo
+from .tracing import Tracer, setup_tracer
+from .view import ClusterView, Role, WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,9 @@ class AttentionWorker:
         self.loading = Loading()
         self.endpoint: Endpoint | None = None
         self._view: ClusterView | None = None
+        self._applying = threading.Lock()
         self._latest_load: dict[str, Any] = {}
+        self._tracer: Tracer | None = None
 
     def prepare(self) -> WorkerInfo:
         """Loads what the role needs, proves the kernels on this machine, then serves.
@@ -74,7 +79,7 @@ class AttentionWorker:
             self.loading.phase = "self-test"
             self_test(config, dtype)
         self.endpoint = Endpoint(self.settings)
-        self.tracer = setup_tracer(f"braid-{self.settings.role}", f"{self.settings.cluster}/{self.settings.name}")
+        self._tracer = setup_tracer(f"braid-{self.settings.role}", f"{self.settings.cluster}/{self.settings.name}")
         self.experts: RemoteExperts | ColocatedExperts
         if self._local is not None:
             self.experts = ColocatedExperts(self._local)
@@ -85,7 +90,7 @@ class AttentionWorker:
         scheduler = Scheduler(
             BlockAllocator(num_blocks), self.settings.max_sequences, self.settings.max_batch_tokens, MAX_WAITING
         )
-        self.requests = Requests(self.settings.name, config, cache, scheduler, self.tracer, self.load)
+        self.requests = Requests(self.settings.name, config, cache, scheduler, self._tracer, self.load)
         model = DeepSeekModel(config, self._weights, cache, self.experts)
         self.engine = Engine(config, model, self.experts, self.requests)
         self.endpoint.start(self._serve)
@@ -96,28 +101,36 @@ class AttentionWorker:
         return self.loading.report()
 
     def apply(self, view: ClusterView) -> None:
-        """Dials what the role talks to, then lets the engine swap to the view between two steps."""
+        """Dials what the role talks to, then lets the engine swap to the view between two steps.
+
+        Start-up is all or nothing: of the first view every peer must answer, else LinkError. Later on a peer that does
+        not is about to leave the view, and that must not cost the cluster the worker that noticed.
+        """
         assert self.endpoint is not None, "apply before prepare"
-        if self._view is not None and view.epoch <= self._view.epoch:
-            return
-        targets = view.of_role("expert") if view.expert_map else []
-        if self.settings.role != "decode":
-            decoders = view.of_role("decode", "both")
-            targets += [worker for worker in decoders if worker.name > self.settings.name or worker.role == "decode"]
-        self.endpoint.apply(view, targets)
-        self._view = view
+        with self._applying:  # the controller's calls come in threads, and a newer one may be faster
+            if self._view is not None and view.epoch <= self._view.epoch:
+                return
+            try:
+                self.endpoint.apply(view, dial_targets(self.settings.name, self.settings.role, view))
+            except LinkError:
+                if self._view is None:
+                    raise
+                log.warning("%s goes on without a peer of view %d", self.settings.name, view.epoch, exc_info=True)
+            self._view = view
         self.endpoint.reactor.wake()
 
     def status(self) -> dict[str, Any]:
         base = {"name": self.settings.name, "role": self.settings.role, "pid": os.getpid()}
         if self.endpoint is None:
             return base
+        self.endpoint.check()
         return base | self._latest_load | {"links": self.endpoint.describe_links()}
 
     def stop(self) -> None:
         if self.endpoint:
             self.endpoint.stop()
-            self.tracer.close()
+        if self._tracer:
+            self._tracer.close()
 
     def load(self) -> dict[str, Any]:
         """What front ends place requests by, and what /metrics shows. Serving thread only: it reads live queues."""
@@ -184,10 +197,10 @@ class AttentionWorker:
                 events = endpoint.inbox(0.0 if busy else LOAD_INTERVAL_S)
                 for event in events:
                     requests.handle(event)
-                self._swap_view()
+                self._swap_view(has_news=any(_is_expert_link(event) for event in events))
                 try:
                     busy = engine.step()
-                    failed_steps = 0
+                    failed_steps = 0 if busy else failed_steps  # a round without work proves nothing
                 except Exception as error:  # one bad step must not end the worker; three in a row do
                     log.exception("a step of %s failed", self.settings.name)
                     requests.fail_all("internal", f"a step of {self.settings.name} failed: {error}")
@@ -199,11 +212,12 @@ class AttentionWorker:
                     load_due = time.monotonic() + LOAD_INTERVAL_S
             requests.fail_all("unavailable", f"{self.settings.name} is stopping")
 
-    def _swap_view(self) -> None:
+    def _swap_view(self, has_news: bool) -> None:
+        """`has_news`: an expert worker is linked (again): under the same map, rows may go to it from now on."""
         view = self._view
         if view is None or view.expert_map is None or not isinstance(self.experts, RemoteExperts):
             return
-        if view.expert_map.epoch != self.experts.epoch:
+        if has_news or view.expert_map.epoch != self.experts.epoch:
             assert self.endpoint is not None
             names = [owner.worker for owner in view.expert_map.owners]
             links = {name: link for name in names if (link := self.endpoint.link_to(name)) is not None}
@@ -212,6 +226,19 @@ class AttentionWorker:
     def _broadcast_load(self) -> None:
         assert self.endpoint is not None
         self.endpoint.broadcast("front", Kind.LOAD, pack({"load": self.load()}))
+
+
+def dial_targets(name: str, role: Role, view: ClusterView) -> list[WorkerInfo]:
+    """Expert workers, and for whoever computes prompts the decode workers; of two in role `both` the first by name."""
+    targets = view.of_role("expert") if view.expert_map else []
+    if role != "decode":
+        targets += view.of_role("decode")
+        targets += [worker for worker in view.of_role("both") if role == "prefill" or worker.name > name]
+    return targets
+
+
+def _is_expert_link(event: Event) -> bool:
+    return isinstance(event, Opened) and event.link.peer.role == "expert"
 
 
 def _balance(loads: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float]:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from .death_watch import DeathWatch
 from .dialing import choose_transport, dial, host_id
-from .links import Hello, Link, LinkClosed, LinkFull
+from .links import DialFailed, Hello, Link, LinkClosed, LinkError, LinkFull
 from .listener import Listener
 from .reactor import Closed, Event, Opened, Reactor
 from .settings import WorkerSettings
-from .view import ClusterView, WorkerInfo
+from .view import ClusterView, Transport, WorkerInfo
 
 log = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 10.0
+REDIAL_S, MAX_REDIAL_S = 1.0, 60.0  # doubled each time: a peer that hangs is worth ever fewer attempts
+MAX_DIALS = 16  # at once: a host that is gone takes DIAL_TIMEOUT_S for each of its workers
 STOP_TIMEOUT_S = 10.0
+
+DialError = LinkError | ValueError | OSError
 
 
 class Endpoint:
@@ -35,7 +41,14 @@ class Endpoint:
         self.stopping = False
         self.failure: BaseException | None = None
         self._links: dict[str, Link] = {}
+        self._targets: tuple[WorkerInfo, ...] = ()
+        self._transport: Transport = "auto"
+        self._pauses: dict[str, tuple[float, float]] = {}  # by target: not before, and the pause that led to it
         self._lock = threading.Lock()
+        self._dialing = threading.Lock()  # one thread dials at a time, so that nobody is dialed twice
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._ended = threading.Event()
         self._deferred: deque[Event] = deque()
         unix_path = str(Path(settings.run_dir) / f"{settings.name}.{settings.incarnation}")
         self.listener = Listener(self.hello, settings.secret, unix_path, settings.tcp_host, self.reactor.add)
@@ -53,9 +66,10 @@ class Endpoint:
 
     def start(self, serve: Callable[[], None]) -> None:
         """Runs `serve` on the endpoint's own thread until `stopping`; if it raises, every link is closed at once."""
-        self._thread = threading.Thread(target=self._guard, args=(serve,), name=f"serve-{self.settings.name}")
-        self._thread.daemon = True
+        name = self.settings.name
+        self._thread = threading.Thread(target=self._guard, args=(serve,), name=f"serve-{name}", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._keep_dialing, name=f"dial-{name}", daemon=True).start()
 
     def poll(self, timeout_s: float) -> list[Event]:
         """New events only. Keeps the table of links."""
@@ -87,23 +101,27 @@ class Endpoint:
     def apply(self, view: ClusterView, targets: Sequence[WorkerInfo]) -> None:
         """Drops links to lives that left the cluster and dials those of `targets` that have none yet.
 
-        Raises LinkError when a target cannot be reached within DIAL_TIMEOUT_S.
+        Links that break later are dialed again. Raises LinkError when a target could not be reached within
+        DIAL_TIMEOUT_S; the others are linked all the same.
         """
         lives = {worker.name: worker.incarnation for worker in view.workers}
-        with self._lock:
-            links = list(self._links.values())
-        for link in links:
-            known = lives.get(link.peer.name)
-            if link.peer.role != "front" and known != link.peer.incarnation:
-                link.close("its peer left the cluster")
-        for target in targets:
-            if self.link_to(target.name) is None:
-                transport = choose_transport(self.hello, target.host_id, view.transport, bulk=True)
-                link = dial(target, self.hello, self.settings.secret, transport, DIAL_TIMEOUT_S)
-                with self._lock:
-                    self._links[target.name] = link
-                self.reactor.add(link)
+        with self._dialing:
+            self._targets, self._transport = tuple(targets), view.transport
+            self._pauses = {}
+            with self._lock:
+                links = list(self._links.values())
+            for link in links:
+                if link.peer.role != "front" and lives.get(link.peer.name) != link.peer.incarnation:
+                    link.close("its peer left the cluster")
+            errors = self._dial_all([target for target in targets if self.link_to(target.name) is None])
         self.reactor.wake()
+        if errors:
+            raise errors[0]
+
+    def check(self) -> None:
+        """Raises when the serving thread has failed: a worker that cannot serve must not look alive."""
+        if self.failure is not None:
+            raise RuntimeError(f"{self.settings.name} stopped serving: {self.failure}")
 
     def broadcast(self, role: str, kind: int, meta: bytes) -> None:
         """Sends to every peer of a role; one that cannot take it is dropped by its own link's rules."""
@@ -131,9 +149,47 @@ class Endpoint:
     def stop(self) -> None:
         """Ends the serving thread and closes everything; bounded by STOP_TIMEOUT_S."""
         self.stopping = True
+        self._ended.set()
         self.reactor.wake()
-        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread is not None:
+            self._thread.join(STOP_TIMEOUT_S)
         self._close()
+
+    def _keep_dialing(self) -> None:
+        """A link can break while both its ends live on: a reset, a queue that ran over, a missed deadline."""
+        while not self._ended.wait(REDIAL_S):
+            with self._dialing:
+                for error in self._dial_all(self._due_targets(time.monotonic())):
+                    log.info("%s dials again: %s", self.settings.name, error)
+
+    def _due_targets(self, now: float) -> list[WorkerInfo]:
+        missing = [target for target in self._targets if self.link_to(target.name) is None]
+        due = [target for target in missing if self._pauses.get(target.name, (0.0, 0.0))[0] <= now]
+        for target in due:
+            pause_s = min(max(2 * self._pauses.get(target.name, (0.0, 0.0))[1], REDIAL_S), MAX_REDIAL_S)
+            self._pauses[target.name] = (now + pause_s, pause_s)
+        return due
+
+    def _dial_all(self, targets: list[WorkerInfo]) -> list[DialError]:
+        if not targets or self._ended.is_set():
+            return []
+        with ThreadPoolExecutor(min(len(targets), MAX_DIALS)) as pool:
+            return [error for error in pool.map(self._dial, targets) if error is not None]
+
+    def _dial(self, target: WorkerInfo) -> DialError | None:
+        try:
+            transport = choose_transport(self.hello, target.host_id, self._transport, bulk=True)
+            link = dial(target, self.hello, self.settings.secret, transport, DIAL_TIMEOUT_S)
+        except (LinkError, ValueError, OSError) as error:
+            return error
+        if (link.peer.name, link.peer.incarnation) != (target.name, target.incarnation):
+            link.close("another life answers there")
+            there = f"{link.peer.name}#{link.peer.incarnation}"
+            return DialFailed(f"{there} answers where {target.name}#{target.incarnation} was")
+        with self._lock:
+            self._links[target.name] = link
+        self.reactor.add(link)
+        return None
 
     def _unlink(self, link: Link) -> None:
         with self._lock:
@@ -147,9 +203,13 @@ class Endpoint:
             log.exception("%s stopped serving", self.settings.name)
             self.failure = error
             self._close()
-            raise
 
     def _close(self) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._ended.set()
         self.listener.close()
         with self._lock:
             links = list(self._links.values())

@@ -64,7 +64,8 @@ class Post:
     def poll(self, timeout_s: float) -> list[Event]:
         for expert in self.experts:
             expert.answer()
-        return self.reactor.poll(min(timeout_s, 1.0))
+        events: list[Event] = self.reactor.poll(min(timeout_s, 1.0))
+        return events
 
     def defer(self, event: Event) -> None:
         self.deferred.append(event)

@@ -1,0 +1,109 @@
+"""A worker's place on the data plane: dialing, redialing, and ends that may come from two threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from braid.actors.endpoint import Endpoint
+from braid.actors.links import DialFailed
+from braid.actors.settings import WorkerSettings
+from braid.actors.view import ClusterView, WorkerInfo
+
+SECRET = b"the secret of a test cluster, 32 b"
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, f"waited 20 s for {what}"
+        time.sleep(0.005)
+
+
+class Cast:
+    """Endpoints in one folder; the serving thread of each does nothing but poll."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.endpoints: list[Endpoint] = []
+
+    def make(self, name: str) -> Endpoint:
+        settings = WorkerSettings(
+            "test", name, "decode", 1, "node", "", "auto", SECRET, str(self.run_dir), "127.0.0.1", "auto", 1
+        )
+        self.endpoints.append(Endpoint(settings))
+        return self.endpoints[-1]
+
+    def start(self, name: str) -> Endpoint:
+        endpoint = self.make(name)
+        endpoint.start(lambda: serve(endpoint))
+        return endpoint
+
+
+def serve(endpoint: Endpoint) -> None:
+    while not endpoint.stopping:
+        endpoint.poll(1.0)
+
+
+@pytest.fixture
+def cast(tmp_path: Path) -> Iterator[Cast]:
+    made = Cast(tmp_path)
+    yield made
+    for endpoint in made.endpoints:
+        endpoint.stop()
+
+
+def view_of(*infos: WorkerInfo, epoch: int = 1) -> ClusterView:
+    return ClusterView(epoch, infos, None)
+
+
+def test_a_target_that_is_gone_does_not_keep_the_others_from_being_dialed(cast: Cast) -> None:
+    mine, gone, live = cast.start("a"), cast.start("b"), cast.start("c")
+    gone.stop()
+    with pytest.raises(DialFailed, match="nobody answers"):
+        mine.apply(view_of(gone.info, live.info), [gone.info, live.info])
+    assert mine.link_to("c") is not None
+
+
+def test_another_life_at_the_address_of_a_target_is_not_taken_for_it(cast: Cast) -> None:
+    mine, other = cast.start("a"), cast.start("b")
+    there = other.info
+    wanted = WorkerInfo("c", "decode", 1, there.host_id, there.unix_path, there.tcp_host, there.tcp_port, 0, there.node)
+    with pytest.raises(DialFailed, match="b#1 answers"):
+        mine.apply(view_of(wanted), [wanted])
+    assert mine.link_to("b") is None
+    assert mine.link_to("c") is None
+
+
+def test_a_link_that_broke_while_both_lives_go_on_is_dialed_again(cast: Cast) -> None:
+    mine, other = cast.start("a"), cast.start("b")
+    mine.apply(view_of(mine.info, other.info), [other.info])
+    first = mine.link_to("b")
+    assert first is not None
+    first.close("a test broke it")
+    until(lambda: mine.link_to("b") not in (None, first), "another link")
+    mine.apply(view_of(mine.info, epoch=2), [])
+    assert mine.link_to("b") is None  # and what has left the cluster is not
+
+
+def test_a_worker_whose_serving_thread_broke_says_so_and_can_be_stopped(cast: Cast) -> None:
+    broken = cast.make("a")
+    broken.check()
+
+    def serve_badly() -> None:
+        raise ArithmeticError("one step too many")
+
+    broken.start(serve_badly)
+    until(lambda: broken.failure is not None, "the failure")
+    with pytest.raises(RuntimeError, match="a stopped serving: one step too many"):
+        broken.check()
+    broken.stop()
+    broken.stop()
+
+
+def test_a_worker_may_be_stopped_before_it_serves(cast: Cast, tmp_path: Path) -> None:
+    cast.make("a").stop()
+    assert list(tmp_path.iterdir()) == []
