@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from .wire import DTYPES, bytes_of, rows_from
 log = logging.getLogger(__name__)
 
 
+PREFILL_PATIENCE_S = 0.25  # far below the dispatch deadline, at which the asker would take us for dead
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One dispatch waiting to be computed."""
@@ -41,6 +45,7 @@ class Job:
     layer: int
     phase: int
     part: Slice
+    arrived: float
 
 
 class ExpertWorker:
@@ -58,10 +63,10 @@ class ExpertWorker:
         Raises CheckpointError, ValueError (memory) and SelfTestError.
         """
         torch.set_num_threads(self.settings.num_threads)
-        config = ModelConfig.from_path(self.settings.model_path)
+        self.config = config = ModelConfig.from_path(self.settings.model_path)
         assert config.n_routed_experts, f"{self.settings.model_path} has no routed experts: no expert worker is needed"
         experts = self.settings.expert_ids or tuple(range(config.n_routed_experts))
-        dtype = resolve_dtype(self.settings.dtype, config)
+        self.dtype = dtype = resolve_dtype(self.settings.dtype, config)
         memory_checked(config, dtype, "expert", experts)
         checkpoint = Checkpoint(self.settings.model_path)
         with torch.inference_mode():
@@ -70,7 +75,6 @@ class ExpertWorker:
         self.loading.phase = "self-test"
         self_test(config, dtype, "experts")
         self.host = ExpertHost(weights, config.n_routed_experts)
-        self.hidden = config.hidden_size
         self.endpoint = Endpoint(self.settings)
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
@@ -85,6 +89,8 @@ class ExpertWorker:
         self.endpoint.apply(view, [])
 
     def status(self) -> dict[str, Any]:
+        if self.endpoint:
+            self.endpoint.check()
         links = self.endpoint.describe_links() if self.endpoint else []
         return {"name": self.settings.name, "role": "expert", "pid": os.getpid(), "links": links, **self.counts}
 
@@ -98,14 +104,14 @@ class ExpertWorker:
         torch.set_num_threads(self.settings.num_threads)  # OpenMP counts per calling thread
         with torch.inference_mode():
             while not endpoint.stopping:
-                jobs = _jobs(endpoint.poll(1.0), self.hidden)
-                while jobs:
-                    # decode before prefill (DESIGN section 5), then the layer that has waited longest
-                    head = min(jobs, key=lambda job: job.phase)
-                    batch = [job for job in jobs if job.layer == head.layer and job.phase == head.phase]
-                    jobs = [job for job in jobs if job.layer != head.layer or job.phase != head.phase]
-                    self._compute(head.layer, batch)
-                    jobs += _jobs(endpoint.poll(0.0), self.hidden)
+                jobs = self._jobs(endpoint.poll(1.0))
+                while jobs and not endpoint.stopping:
+                    batch, jobs = next_batch(jobs, time.monotonic())
+                    self._compute(batch[0].layer, batch)
+                    jobs += self._jobs(endpoint.poll(0.0))
+
+    def _jobs(self, events: list[Event]) -> list[Job]:
+        return jobs_of(events, self.config.hidden_size, self.config.n_routed_experts or 0, self.dtype)
 
     def _compute(self, layer: int, jobs: list[Job]) -> None:
         started = time.perf_counter_ns()
@@ -134,16 +140,38 @@ class ExpertWorker:
             log.warning("reply to %s dropped: %s", job.link.peer.name, error)
 
 
-def _jobs(events: list[Event], hidden: int) -> list[Job]:
+def next_batch(jobs: list[Job], now: float) -> tuple[list[Job], list[Job]]:
+    """What is computed next, and the rest: decode before prefill (DESIGN section 5), then what has waited longest.
+
+    A prefill job that has lost its patience counts as decode: busy decode workers must not starve it.
+    """
+    head = min(jobs, key=lambda job: job.phase if now - job.arrived < PREFILL_PATIENCE_S else 0)
+    batch = [job for job in jobs if job.layer == head.layer and job.phase == head.phase]
+    return batch, [job for job in jobs if job.layer != head.layer or job.phase != head.phase]
+
+
+def jobs_of(events: list[Event], hidden: int, num_experts: int, dtype: torch.dtype) -> list[Job]:
+    """The dispatches among the events; a peer whose dispatch makes no sense loses its link, nobody else anything."""
     jobs = []
     for event in events:
         if not isinstance(event, Received) or event.message.kind != Kind.DISPATCH:
             continue
-        number, _, layer, phase, code, num_rows, num_pairs = DISPATCH.unpack(event.message.meta)
-        payload = event.message.payload
-        pairs = np.frombuffer(payload[: 8 * num_pairs], dtype=np.int32).reshape(2, num_pairs).astype(np.int64)
-        x = rows_from(payload[8 * num_pairs :], DTYPES[code], hidden)
-        assert len(x) == num_rows, f"{event.link.peer.name} announced {num_rows} rows and sent {len(x)}"
-        part = Slice(x, torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1]))
-        jobs.append(Job(event.link, number, layer, phase, part))
+        try:
+            jobs.append(_job(event, hidden, num_experts, dtype))
+        except (ValueError, KeyError, RuntimeError, struct.error) as error:
+            log.warning("%s sent a dispatch that cannot be read: %s", event.link.peer.name, error)
+            event.link.close(f"{event.link.peer.name} sent a dispatch that cannot be read: {error}")
     return jobs
+
+
+def _job(event: Received, hidden: int, num_experts: int, dtype: torch.dtype) -> Job:
+    number, _, layer, phase, code, num_rows, num_pairs = DISPATCH.unpack(event.message.meta)
+    payload = event.message.payload
+    pairs = np.frombuffer(payload[: 8 * num_pairs], dtype=np.int32).reshape(2, num_pairs).astype(np.int64)
+    x = rows_from(payload[8 * num_pairs :], DTYPES[code], hidden)
+    if len(x) != num_rows or x.dtype != dtype:
+        raise ValueError(f"{num_rows} rows of {dtype} announced or wanted, {len(x)} of {x.dtype} sent")
+    if num_pairs and (pairs.min() < 0 or pairs[0].max() >= num_rows or pairs[1].max() >= num_experts):
+        raise ValueError(f"pairs up to row {pairs[0].max()} and expert {pairs[1].max()} of {num_experts}")
+    part = Slice(x, torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1]))
+    return Job(event.link, number, layer, phase, part, time.monotonic())

@@ -126,9 +126,12 @@ class Admission:
         return placed
 
     def note_token(self, ticket: Ticket, worker: str) -> None:
-        """A token of the ticket came from this worker, together with a load report that knows of it."""
+        """A token of the ticket came from this worker, together with a load report that knows of it.
+
+        Only the prefill worker's own token says that it is done: the decode worker's may overtake it, or outlive it.
+        """
         assert ticket.placement is not None, "a token for a request that is not placed"
-        if not ticket.is_prefilled:
+        if worker == ticket.placement.prefill and not ticket.is_prefilled:
             ticket.is_prefilled = True
             if ticket.placement.prefill in self.workers:
                 self.workers[ticket.placement.prefill].unprefilled_tokens -= ticket.num_prompt

@@ -68,6 +68,18 @@ def test_what_was_sent_counts_before_a_report_tells_it() -> None:
     check_idle(admission)
 
 
+def test_a_token_of_the_decode_worker_does_not_say_that_the_first_one_has_left() -> None:
+    admission = admission_of(p="prefill", d="decode")
+    ticket = Ticket(1, 60, 4)
+    admission.join(ticket, 0.0)
+    admission.note_token(ticket, "d")
+    assert ticket.depends_on("p")  # if it dies now, the token with index 0 will never come
+    admission.note_token(ticket, "p")
+    assert not ticket.depends_on("p")
+    admission.release(ticket)
+    check_idle(admission)
+
+
 def test_busy_goes_back_to_its_old_place_and_the_worker_rests() -> None:
     admission = admission_of(b="both")
     first, second = Ticket(1, 10, 10), Ticket(2, 10, 10)
