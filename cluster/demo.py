@@ -22,8 +22,9 @@ from .terminal import Row, StartProgress, console_for
 from .up import Started, check, keep, signals_stop_it, start, wait_until_ready
 
 NAME = "braid-demo"
-GRPC_PROMPT = "def read_lines(path):\n"
-HTTP_PROMPT = "class Queue:\n    def __init__(self"
+# A prompt that ends in a line break or a blank cuts a token in two, which small models mind.
+GRPC_PROMPT = "class Queue:"
+HTTP_PROMPT = "def read_lines(path"
 MAX_TOKENS = 80
 TEMPERATURE = 0.6
 SEED = 7
