@@ -42,7 +42,7 @@ NAMES = ["prefill-0", "decode-0", "expert-0", "expert-1"]
 def info(name: str, incarnation: int = 1) -> WorkerInfo:
     role = name.split("-")[0]
     assert role in ("prefill", "decode", "expert")
-    return WorkerInfo(name, role, incarnation, "host", f"/run/{name}", "127.0.0.1", 1, 7, "here")  # type: ignore[arg-type]
+    return WorkerInfo(name, role, incarnation, "host", f"/run/{name}", "127.0.0.1", 1, 7, "here")
 
 
 def new_state(**experts: int) -> ClusterState:
