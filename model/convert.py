@@ -16,7 +16,7 @@ import torch
 
 from ..kernels.quant import BLOCK, ScaleFormat, quantise, scale_shape
 from .checkpoint import INDEX_NAME, SCALE_SUFFIX, Checkpoint, Window
-from .safetensors_file import DTYPES, CheckpointError, TensorSpec
+from .safetensors_file import DTYPES, CheckpointError, TensorSpec, read_header
 from .shard_writer import PARTIAL_SUFFIX, Planned, ShardWriter, is_finished
 from .tensor_names import is_quantised_in_fp8
 
@@ -122,10 +122,13 @@ def _check_destination(checkpoint: Checkpoint, dst: Path, plans: list[ShardPlan]
     )
     if same and len(plans) == len(checkpoint.shards):
         raise ValueError(f"{checkpoint.path} is {target} already: there is nothing to convert")
+    if dst.exists() and not dst.is_dir():
+        raise ValueError(f"{dst} is a file: choose a folder, which need not exist yet")
     dst.mkdir(parents=True, exist_ok=True)
-    foreign = {path.name for path in dst.glob("*.safetensors")} - {plan.path.name for plan in plans}
+    ours = {plan.path.name for plan in plans}
+    foreign = [path for path in sorted(dst.glob("*.safetensors")) if path.name not in ours or not _is_converted(path)]
     if foreign:
-        raise ValueError(f"{dst} holds {sorted(foreign)[0]}, which is not of this conversion: choose an empty folder")
+        raise ValueError(f"{dst} holds {foreign[0].name}, which is not of this conversion: choose an empty folder")
     missing = [plan for plan in plans if not is_finished(plan.path, plan.planned, plan.metadata)]
     needed = sum(tensor.num_bytes for plan in missing for tensor in plan.planned)
     free = shutil.disk_usage(dst).free
@@ -133,6 +136,14 @@ def _check_destination(checkpoint: Checkpoint, dst: Path, plans: list[ShardPlan]
         raise ValueError(
             f"{dst} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB: free some space"
         )
+
+
+def _is_converted(path: Path) -> bool:
+    """Weights that no conversion wrote are never written over: they may be the only copy."""
+    try:
+        return "converted_from" in read_header(path).metadata
+    except CheckpointError:
+        return False
 
 
 def _convert_shard(checkpoint: Checkpoint, plan: ShardPlan, scale_format: ScaleFormat) -> Iterator[int]:

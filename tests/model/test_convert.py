@@ -213,6 +213,13 @@ def test_what_cannot_be_done_is_said_first(write_checkpoint: WriteCheckpoint, tm
     shutil.copytree(write_checkpoint("other", num_shards=2), out)
     with pytest.raises(ValueError, match="which is not of this conversion: choose an empty folder"):
         convert(source, out, "bfloat16")
+    precious = shutil.copytree(source, tmp_path / "precious")
+    before = {path.name: path.read_bytes() for path in precious.iterdir()}
+    with pytest.raises(ValueError, match="which is not of this conversion: choose an empty folder"):
+        convert(source, precious, "bfloat16")  # same file names, but nobody's conversion
+    assert {path.name: path.read_bytes() for path in precious.iterdir()} == before
+    with pytest.raises(ValueError, match=r"config\.json is a file: choose a folder"):
+        convert(source, precious / "config.json", "bfloat16")
     wide = write_checkpoint("wide")
     with pytest.raises(ValueError, match="is bfloat16 already"):
         convert(wide, tmp_path / "new", "bfloat16")
