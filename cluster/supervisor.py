@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from .controller_settings import ControllerSettings
 from .errors import BraidError, in_words
 from .registry import Record, Registry
+from .undertaker import hire
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ def main() -> int:
     assert isinstance(orders, Orders), f"expected orders, got {type(orders).__name__}"
     if not orders.outlives_parent:
         threading.Thread(target=_stop_with_parent, args=(signal.SIGTERM,), daemon=True).start()
+    _undertaker = hire() if orders.settings.is_local else None  # kept, or it would be a warning
     return asyncio.run(Supervisor(orders, parent).run())
 
 
