@@ -60,7 +60,7 @@ class Scheduler:
 
     def reserve(self, sequence: Sequence) -> bool:
         """Takes blocks for a sequence whose prompt another worker computes; False when there is no room now."""
-        if len(self.receiving) + len(self.decoding) >= self.max_sequences:
+        if self._num_decoders >= self.max_sequences:
             return False
         if not self._allocate(sequence, sequence.max_length):
             return False
@@ -115,11 +115,16 @@ class Scheduler:
         total = len(owned) + self.allocator.num_free
         assert total == self.allocator.num_total, f"{self.allocator.num_total - total} blocks lost"
 
+    @property
+    def _num_decoders(self) -> int:
+        """Sequences that decode here or will, wherever their prompt is computed."""
+        return len(self.receiving) + len(self.decoding) + sum(not sequence.target for sequence in self.prefilling)
+
     def _positions(self, sequence: Sequence) -> int:
         return sequence.num_prompt if sequence.target else sequence.max_length
 
     def _admit(self, sequence: Sequence) -> bool:
-        if not sequence.target and len(self.decoding) + len(self.prefilling) >= self.max_sequences:
+        if not sequence.target and self._num_decoders >= self.max_sequences:
             return False
         if not self._allocate(sequence, self._positions(sequence)):
             return False

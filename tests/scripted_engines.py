@@ -158,12 +158,15 @@ class Worker:
     def close(self) -> None:
         self.reactor.close()
 
+    def assert_idle(self) -> None:
+        assert self.scheduler.all() == []
+        assert self.scheduler.allocator.num_free == self.scheduler.allocator.num_total
+
     def assert_empty(self) -> None:
         requests = self.requests
         left = [requests._sequences, requests._sent, requests._receiving, requests._outbox]
         assert left == [{}, {}, {}, {}]
-        assert not self.scheduler.all()
-        assert self.scheduler.allocator.num_free == self.scheduler.allocator.num_total
+        self.assert_idle()
 
 
 @dataclass

@@ -78,6 +78,14 @@ def test_reserves_for_a_remote_prompt_only_while_there_is_room(scheduler: Schedu
     assert scheduler.reserve(taken[3])
 
 
+def test_prompts_of_its_own_and_remote_ones_share_max_sequences(scheduler: Scheduler) -> None:
+    assert scheduler.reserve(sequence("remote", 1))
+    for name in "abc":
+        scheduler.submit(sequence(name, 1))
+    assert [chunk.sequence.id for chunk in scheduler.plan().prefill] == ["a", "b"]
+    assert not scheduler.reserve(sequence("late", 1))
+
+
 def test_a_remote_prompt_needs_no_room_for_its_answer_here(scheduler: Scheduler) -> None:
     assert scheduler.submit(sequence("a", 8 * BLOCK_SIZE, max_tokens=1000, target="decode-0"))
     assert scheduler.plan().prefill
