@@ -203,7 +203,7 @@ class AttentionWorker:
                     failed_steps = 0 if busy else failed_steps  # a round without work proves nothing
                 except Exception as error:  # one bad step must not end the worker; three in a row do
                     log.exception("a step of %s failed", self.settings.name)
-                    requests.fail_all("internal", f"a step of {self.settings.name} failed: {error}")
+                    requests.fail_step(f"a step of {self.settings.name} failed: {error}")
                     failed_steps += 1
                     if failed_steps == MAX_FAILED_STEPS:
                         raise

@@ -20,7 +20,7 @@ from .links import Link, LinkClosed, LinkFull
 from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, pack, unpack
 from .reactor import Closed, Event, Opened, Received
 from .scheduler import Scheduler
-from .sequence import Sequence
+from .sequence import Sequence, State
 from .tracing import Attributes, Tracer
 
 log = logging.getLogger(__name__)
@@ -270,11 +270,16 @@ class Requests:
         self._sequences.pop(sequence.id, None)
         self.scheduler.finish(sequence)
 
-    def fail_all(self, code: ErrorCode, message: str) -> None:
-        """Ends every sequence with the same error: after a step that raised, or before stopping."""
+    def fail_all(self, code: ErrorCode, message: str, *states: State) -> None:
+        """Ends every sequence, or those in the given states, with the same error."""
         for sequence in list(self._sequences.values()):
-            self.fail(sequence, code, message)
+            if not states or sequence.state in states:
+                self.fail(sequence, code, message)
         self.flush()
+
+    def fail_step(self, message: str) -> None:
+        """After a step that raised: what waits or is computed elsewhere had no part in it."""
+        self.fail_all("internal", message, "prefill", "handover", "decode")
 
     def expire(self) -> None:
         now = time.time()

@@ -150,7 +150,7 @@ class Worker:
         try:
             busy: bool = self.engine.step()
         except RuntimeError as error:
-            self.requests.fail_all("internal", str(error))
+            self.requests.fail_step(str(error))
             busy = False
         self.scheduler.check()
         return busy

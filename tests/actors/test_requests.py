@@ -168,6 +168,21 @@ def test_a_step_that_raises_ends_its_sequences_and_leaves_nothing_for_the_next(t
     assert trio.front.heard[whole].finishes == ["length"]
 
 
+def test_a_step_that_raises_spares_who_had_no_part_in_it(trio: Trio) -> None:
+    arriving = trio.front.submit("a", "b", 10, TEN)
+    trio.workers["a"].listen()
+    worker = trio.workers["b"]
+    worker.listen()
+    struck = trio.front.submit("b", "b", 40, TEN)
+    waiting = trio.front.submit("b", "b", 8 * 64 - 10, TEN)  # needs every block
+    worker.model.defect = "one bad step"
+    worker.turn()
+    worker.model.defect = None
+    trio.run()
+    assert [error["code"] for error in trio.front.heard[struck].errors] == ["internal"]
+    assert [trio.front.heard[name].finishes for name in (arriving, waiting)] == [["length"], ["length"]]
+
+
 def test_rows_that_lost_an_expert_end_their_own_sequence_only(trio: Trio) -> None:
     worker = trio.workers["a"]
     first = trio.front.submit("a", "a", 5, SamplingParams(9, temperature=0.0, prompt_logprobs=0, ignore_eos=True))
