@@ -50,12 +50,16 @@ def memory_checked(
     check_memory(needed, available_memory())
 
 
-def available_memory() -> int:
+def available_memory(cgroup: Path = CGROUP) -> int:
     """Bytes that may still be taken: what the machine has free, or what is left of the container's own limit."""
     free = psutil.virtual_memory().available
     try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        used = int((CGROUP / "memory.current").read_text())
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except OSError:
         return free  # no cgroup v2 here
-    return free if limit == "max" else min(free, max(int(limit) - used, 0))
+    if limit == "max":
+        return free
+    cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # a read checkpoint: given back freely
+    return min(free, max(int(limit) - used + cached, 0))
