@@ -234,6 +234,8 @@ class Controller:
         answer = await self.launcher.check_front(front, self.settings)
         if self.fronts.get(front, {}).get("ready") and not answer["ready"]:
             self._handle(FrontFailed(self.clock(), front, str(answer.get("reason", "it does not answer"))))
+        elif answer["ready"] and front in self.state.failed_fronts:
+            self._handle(FrontReady(self.clock(), front))
         self.fronts[front] = answer
 
     # --- the end ---

@@ -113,7 +113,8 @@ class ClusterState:
         self.view: ClusterView | None = None
         self.placed: dict[str, tuple[Node, ...]] = {}
         self.fronts: dict[FrontName, bool] = dict.fromkeys(get_args(FrontName), False)
-        self.problems: tuple[str, ...] = ()
+        self.failed_fronts: dict[FrontName, str] = {}
+        self.defects: tuple[str, ...] = ()
         self.failure: str | None = None
         self.began_at = 0.0
         self.story: deque[str] = deque(maxlen=200)
@@ -127,7 +128,7 @@ class ClusterState:
             Missed: self._missed,
             Broke: self._broke,
             FrontReady: self._front_ready,
-            FrontFailed: lambda event: self._give_up(f"the {event.front} front end failed: {event.reason}"),
+            FrontFailed: self._front_failed,
             Defect: lambda event: self._give_up(f"a defect in the controller: {event.reason}"),
             Tick: self._tick,
             Stop: self._stop,
@@ -160,6 +161,15 @@ class ClusterState:
             assert worker.info is not None or worker.state not in ("ready", "live"), (
                 f"{worker.plan.name} has no address"
             )
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong now."""
+        if self.view is None:
+            return ()
+        lost = [f"{w.plan.name} is lost: {w.reason}" for w in self.workers.values() if w.state == "lost"]
+        fronts = [f"the {front} front end failed: {reason}" for front, reason in self.failed_fronts.items()]
+        return (*lost, *gaps(self.view), *fronts, *self.defects)
 
     # --- start ---
 
@@ -201,13 +211,21 @@ class ClusterState:
         return self._serve_if_complete()
 
     def _front_ready(self, event: FrontReady) -> list[Instruction]:
+        """Also told of one that answers again: Serve replaces a replica that died."""
         self.fronts[event.front] = True
+        self.failed_fronts.pop(event.front, None)
         return self._serve_if_complete()
 
     def _serve_if_complete(self) -> list[Instruction]:
         everybody = all(worker.state == "live" for worker in self.workers.values())
         if self.phase == "joining" and everybody and all(self.fronts.values()):
             self._move("serving")
+        return []
+
+    def _front_failed(self, event: FrontFailed) -> list[Instruction]:
+        if self.phase not in ("serving", "degraded"):
+            return self._give_up(f"the {event.front} front end failed: {event.reason}")
+        self.failed_fronts[event.front] = event.reason
         return []
 
     def _tick(self, event: Tick) -> list[Instruction]:
@@ -256,8 +274,6 @@ class ClusterState:
         infos = tuple(w.info for w in self.workers.values() if w.state in ("ready", "live") and w.info is not None)
         epoch = self.view.epoch + 1 if self.view else 1
         self.view = ClusterView(epoch, infos, expert_map, self.transport)
-        lost = [f"{w.plan.name} is lost: {w.reason}" for w in self.workers.values() if w.state == "lost"]
-        self.problems = (*lost, *gaps(self.view))
         published: list[Instruction] = [Publish(self.view)]
         return published + [Apply(info.name, info.incarnation, self.view) for info in infos]
 
@@ -269,7 +285,7 @@ class ClusterState:
 
     def _give_up(self, reason: str) -> list[Instruction]:
         if self.phase in ("serving", "degraded"):
-            self.problems = (*self.problems, reason)
+            self.defects = (*self.defects, reason)
             return []
         self.failure = reason
         self._move("stopping")

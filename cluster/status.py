@@ -42,7 +42,13 @@ def _ask(record: Record) -> dict[str, Any]:
             line.settimeout(TIMEOUT_S)
             line.connect(str(record.control_path))
             parts = iter(lambda: line.recv(1 << 16), b"")
-            answer: dict[str, Any] = json.loads(b"".join(parts))
+            told = b"".join(parts)
+            if not told:
+                raise ClusterStuck(
+                    f"cluster {record.name!r} has lost its controller: `braid down --name {record.name}` ends it "
+                    f"(log: {record.log_file})"
+                )
+            answer: dict[str, Any] = json.loads(told)
             return answer
     except (OSError, ValueError) as error:
         raise ClusterStuck(f"cluster {record.name!r} does not answer: {error} (log: {record.log_file})") from None

@@ -124,6 +124,9 @@ def test_a_front_that_stops_answering_is_told() -> None:
         while not controller.state.problems:
             await asyncio.sleep(0.01)
         assert "the http front end failed: the test says so" in controller.state.problems
+        launcher.fronts_ready = True
+        while controller.state.problems:
+            await asyncio.sleep(0.01)
         await controller.down("test")
 
     run(scenario())

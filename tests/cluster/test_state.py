@@ -220,6 +220,10 @@ def test_a_front_that_dies_later_is_a_problem_not_the_end(state: ClusterState) -
     assert state.handle(FrontFailed(9.0, "grpc", "died")) == []
     assert state.problems == ("the grpc front end failed: died",)
     assert state.phase == "serving"
+    state.handle(Broke(10.0, "expert-1", 1, "died too"))
+    assert state.problems == ("expert-1 is lost: died too", "the grpc front end failed: died")
+    assert state.handle(FrontReady(11.0, "grpc")) == []
+    assert state.problems == ("expert-1 is lost: died too",)
 
 
 def test_an_illegal_move_tells_the_story(state: ClusterState) -> None:
