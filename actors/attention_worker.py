@@ -170,11 +170,11 @@ class AttentionWorker:
         every = tuple(range(config.n_routed_experts or 0))
         memory_checked(config, dtype, "attention", every if self.settings.colocated else ())
         checkpoint = Checkpoint(self.settings.model_path)
-        self._weights = load_attention(checkpoint, config, dtype, self.loading.progress)
+        self._weights = load_attention(checkpoint, config, dtype, self.loading.progress, is_packed=True)
         self._local = None
         if self.settings.colocated or not every:
             layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
-            self._local = load_experts(checkpoint, config, layers, every, dtype, self.loading.progress)
+            self._local = load_experts(checkpoint, config, layers, every, dtype, self.loading.progress, is_packed=True)
 
     def _num_blocks(self, config: ModelConfig, dtype: torch.dtype) -> int:
         longest = min(self.settings.max_model_len or config.max_position_embeddings, config.max_position_embeddings)

@@ -71,7 +71,7 @@ class ExpertWorker:
         checkpoint = Checkpoint(self.settings.model_path)
         with torch.inference_mode():
             layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
-            weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress)
+            weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress, is_packed=True)
         self.loading.phase = "self-test"
         self_test(config, dtype, "experts")
         self.host = ExpertHost(weights, config.n_routed_experts)

@@ -147,7 +147,7 @@ def mla_decode(q: Tensor, cache_layer: Tensor, plan: DecodePlan, softmax_scale: 
         scores = batched_matmul(queries[split.rows], latent.transpose(1, 2))
         if split.hidden is not None:
             scores = scores.masked_fill(split.hidden[:, None], float("-inf"))
-        merge.add(split.rows, scores, latent[..., :kv_lora_rank].contiguous())
+        merge.add(split.rows, scores, latent[..., :kv_lora_rank])
     return merge.result()[:, :heads].to(q.dtype)
 
 

@@ -18,26 +18,48 @@ ROW_MULTIPLE = 4
 MAX_ROWS = 512
 ALIGNMENT = 16
 
+Stack = Tensor | tuple[Tensor, ...]  # matrices of the experts: [E, N, K], or E packed ones
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [M, K], weight: [N, K], bias: [N] -> [M, N] in x's dtype."""
+    """x: [M, K], weight: [N, K], packed or not, bias: [N] -> [M, N] in x's dtype."""
     assert x.dim() == 2, f"linear takes [M, K], not {tuple(x.shape)}"
     if x.shape[0] == 0:
         return x.new_zeros(0, weight.shape[0])
     missing = -x.shape[1] % ROW_MULTIPLE
     if missing:
         x, weight = F.pad(x, (0, missing)), F.pad(weight, (0, missing))
-    x, weight = aligned(x), aligned(weight)
+    x, weight = aligned(x), weight if weight.is_mkldnn else aligned(weight)
     if x.shape[0] <= MAX_ROWS:
         return _linear_tile(x, weight, bias)
     return torch.cat([_linear_tile(x[at : at + MAX_ROWS], weight, bias) for at in range(0, x.shape[0], MAX_ROWS)])
 
 
 def _linear_tile(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    missing = padded_rows(x.shape[0], weight) - x.shape[0]
-    if not missing:
-        return F.linear(x, weight, bias)
-    return F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: x.shape[0]]
+    num_rows = x.shape[0]
+    missing = padded_rows(num_rows, weight) - num_rows
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    if weight.is_mkldnn:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        out = F.linear(x, weight, bias)
+    return out[:num_rows] if missing else out
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The matrix in the layout that `linear` reads fastest: the same bits, for `linear` only, no way back.
+
+    A plain bf16 matrix is laid out anew by each product, which takes as long as the product itself for a few rows.
+    """
+    if weight.dtype != torch.bfloat16 or weight.shape[1] % ROW_MULTIPLE or not _packs_bf16():
+        return aligned(weight)
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return out
+
+
+def _packs_bf16() -> bool:
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def padded_rows(num_rows: int, weight: Tensor) -> int:
@@ -90,23 +112,35 @@ def swiglu_mlp(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     return linear(swiglu(linear(x, w13)), w2)
 
 
-def grouped_mlp(x: Tensor, row_of_pair: Tensor, expert_of_pair: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+def grouped_mlp(x: Tensor, row_of_pair: Tensor, expert_of_pair: Tensor, w13: Stack, w2: Stack) -> Tensor:
     """One MLP row per (token row, expert) pair, in the order given.
 
     x: [n, H], row_of_pair, expert_of_pair: int64 [P] (expert = index into w13),
-    w13: [E, 2I, H], w2: [E, H, I] -> [P, H].
+    w13: E matrices [2I, H], w2: E matrices [H, I] -> [P, H].
     """
     if row_of_pair.numel() == 0:
-        return x.new_zeros(0, w2.shape[1])
+        return x.new_zeros(0, w2[0].shape[0])
+    experts, sizes, place_of_pair = _padded_groups(expert_of_pair, w13, w2)
+    rows = torch.zeros(sum(sizes), dtype=torch.int64)  # what fills a group up is row 0; nobody reads its result
+    grouped = x.index_select(0, rows.index_copy_(0, place_of_pair, row_of_pair))
+    gate_up = [linear(part, w13[e]) for part, e in zip(torch.split(grouped, sizes), experts, strict=True)]
+    activated = swiglu(torch.cat(gate_up))
+    out = [linear(part, w2[e]) for part, e in zip(torch.split(activated, sizes), experts, strict=True)]
+    return torch.cat(out).index_select(0, place_of_pair)
+
+
+def _padded_groups(expert_of_pair: Tensor, w13: Stack, w2: Stack) -> tuple[list[int], list[int], Tensor]:
+    """The experts present, the rows of each one's group, padded here once, and int64 [P], each pair's place in them."""
+    counts = torch.bincount(expert_of_pair, minlength=len(w13))
+    experts: list[int] = counts.nonzero().flatten().tolist()
+    present: list[int] = counts.tolist()
+    sizes = [max(padded_rows(present[e], w13[0]), padded_rows(present[e], w2[0])) for e in experts]
+    first_places = torch.zeros_like(counts)
+    first_places[experts] = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     order = torch.argsort(expert_of_pair, stable=True)
-    pairs_per_expert: list[int] = torch.bincount(expert_of_pair, minlength=w13.shape[0]).tolist()
-    sorted_rows = x.index_select(0, row_of_pair[order])
-    outputs, start = [], 0
-    for expert, count in enumerate(pairs_per_expert):
-        if count:
-            outputs.append(swiglu_mlp(sorted_rows[start : start + count], w13[expert], w2[expert]))
-            start += count
-    return torch.cat(outputs).index_select(0, torch.argsort(order))
+    shift = first_places - (counts.cumsum(0) - counts)  # from the place in `order` to the place among padded groups
+    places = torch.arange(len(order)) + shift[expert_of_pair[order]]
+    return experts, sizes, torch.empty_like(order).index_copy_(0, order, places)
 
 
 def combine(shared: Tensor | None, rows: Tensor, topk_weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.reference import Stack
 from .config import ModelConfig
 
 # Gives the named tensors, one below the other: what reads from disk can then fill a joined tensor in place.
@@ -80,8 +81,8 @@ class AttentionWeights:
 class ExpertWeights:
     """Some routed experts of one layer; row e of the stacks is logical expert expert_ids[e]."""
 
-    w13: Tensor  # [E, 2I, H]
-    w2: Tensor  # [E, H, I]
+    w13: Stack  # [E, 2I, H]
+    w2: Stack  # [E, H, I]
     expert_ids: tuple[int, ...]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import KV_SPLIT, mla_decode, mla_prefill, plan_decode, plan_prefill
-from ..kernels.reference import batched_matmul, grouped_mlp, linear, rms_norm, swiglu
+from ..kernels.reference import batched_matmul, grouped_mlp, linear, packed, rms_norm, swiglu
 from .config import ModelConfig
 from .kv_cache import BLOCK_SIZE
 from .tensor_names import expert_tensors, layer_tensors
@@ -64,7 +64,7 @@ def _row_kernels(
     shapes = sorted({shape for shape in tensors.values() if len(shape) == 2})
     for outputs, inputs in shapes:
         weight = random(max(min(outputs, MAX_WEIGHT // inputs), 1), inputs)
-        yield f"linear [{outputs}, {inputs}]", random(NUM_ROWS, inputs), partial(linear, weight=weight)
+        yield f"linear [{outputs}, {inputs}]", random(NUM_ROWS, inputs), partial(linear, weight=packed(weight))
     if role == "attention" and config.n_routed_experts is not None:
         gate = random(config.n_routed_experts, config.hidden_size).float()
         yield "gate", random(NUM_ROWS, config.hidden_size).float(), partial(linear, weight=gate)
@@ -119,7 +119,8 @@ def _test_attention(config: ModelConfig, random: Random) -> None:
 
 def _test_grouped_mlp(config: ModelConfig, random: Random) -> None:
     hidden, inner = config.hidden_size, min(config.moe_intermediate_size, max(MAX_WEIGHT // config.hidden_size, 8))
-    w13, w2 = random(3, 2 * inner, hidden), random(3, hidden, inner)
+    w13 = tuple(packed(random(2 * inner, hidden)) for _ in range(3))
+    w2 = tuple(packed(random(hidden, inner)) for _ in range(3))
     x, expert = random(NUM_ROWS, hidden), torch.arange(NUM_ROWS) * 7 % 3
     rows = torch.arange(NUM_ROWS)
     whole = grouped_mlp(x, rows, expert, w13, w2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from ..kernels.reference import packed
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .network_weights import AttentionWeights, ExpertWeights, build_attention_weights
@@ -15,6 +16,12 @@ from .tensor_names import Role, expected_tensors
 Progress = Callable[[int, int], None]  # bytes of weights in place, bytes to load
 Part = tuple[str, Tensor]  # a tensor's name and the slice of a stack that it fills
 
+# Matrices that nothing but `linear` reads, and that may hence be packed; kv_b_proj is also cut into its heads.
+ONLY_MULTIPLIED = (
+    *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj", "lm_head", "eh_proj", "shared_head.head"),
+)
+
 
 def load_attention(
     checkpoint: Checkpoint,
@@ -22,8 +29,12 @@ def load_attention(
     dtype: torch.dtype,
     progress: Progress | None = None,
     has_mtp: bool = False,
+    is_packed: bool = False,
 ) -> AttentionWeights:
-    """Everything but the routed experts; MTP modules, less their experts, where asked for and present."""
+    """Everything but the routed experts; MTP modules, less their experts, where asked for and present.
+
+    `is_packed`: matrices in the layout that `linear` reads fastest, here and below; an engine wants it so.
+    """
     roles: tuple[Role, ...] = ("attention", "mtp") if has_mtp else ("attention",)
     checkpoint.check(config, roles)
     wanted = _attention_names(checkpoint, config, roles)
@@ -40,7 +51,8 @@ def load_attention(
             part = checkpoint.read_into(spec.name, out[start : start + spec.shape[0]])
             start += spec.shape[0]
             meter.add(part.numel())
-        return out
+        is_only_multiplied = names[0].removesuffix(".weight").endswith(ONLY_MULTIPLIED)
+        return packed(out) if is_packed and is_only_multiplied else out
 
     return build_attention_weights(config, read, lambda name: name in wanted)
 
@@ -52,6 +64,7 @@ def load_experts(
     expert_ids: Collection[int],
     dtype: torch.dtype,
     progress: Progress | None = None,
+    is_packed: bool = False,
 ) -> dict[int, ExpertWeights]:
     """These experts of these layers; dense layers are passed over. Reads in the files' order, not the names'."""
     _check_expert_ids(config, expert_ids)
@@ -59,13 +72,20 @@ def load_experts(
     roles: tuple[Role, ...] = ("experts", "mtp") if has_mtp else ("experts",)
     checkpoint.check(config, roles)
     ids = tuple(expert_ids)
-    stacks = {layer: _empty_stack(config, ids, dtype) for layer in sorted(layers) if config.is_moe_layer(layer)}
-    parts = [part for layer, stack in stacks.items() for part in _parts(config, layer, stack)]
+    stacks = {layer: _empty_stacks(config, len(ids), dtype) for layer in sorted(layers) if config.is_moe_layer(layer)}
+    parts = [part for layer, stack in stacks.items() for part in _parts(config, layer, ids, *stack)]
     parts.sort(key=lambda part: (checkpoint.spec(part[0]).path, checkpoint.spec(part[0]).begin))
     meter = _Meter(sum(out.numel() for _, out in parts), dtype, progress)
     for name, out in parts:
         meter.add(checkpoint.read_into(name, out).numel())
-    return stacks
+    if not is_packed:
+        return {layer: ExpertWeights(w13, w2, ids) for layer, (w13, w2) in stacks.items()}
+    parts.clear()  # views; without them each stack goes as soon as it is packed
+    return {layer: _pack(*stacks.pop(layer), ids) for layer in list(stacks)}
+
+
+def _pack(w13: Tensor, w2: Tensor, ids: tuple[int, ...]) -> ExpertWeights:
+    return ExpertWeights(tuple(packed(matrix) for matrix in w13), tuple(packed(matrix) for matrix in w2), ids)
 
 
 class _Meter:
@@ -100,21 +120,18 @@ def _check_expert_ids(config: ModelConfig, expert_ids: Collection[int]) -> None:
         raise ValueError(f"expert ids {list(expert_ids)} must be different and lie in 0..{num_experts - 1}")
 
 
-def _empty_stack(config: ModelConfig, expert_ids: tuple[int, ...], dtype: torch.dtype) -> ExpertWeights:
-    count, hidden, intermediate = len(expert_ids), config.hidden_size, config.moe_intermediate_size
-    return ExpertWeights(
-        w13=torch.empty(count, 2 * intermediate, hidden, dtype=dtype),
-        w2=torch.empty(count, hidden, intermediate, dtype=dtype),
-        expert_ids=expert_ids,
-    )
+def _empty_stacks(config: ModelConfig, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
+    w13 = torch.empty(count, 2 * intermediate, hidden, dtype=dtype)
+    return w13, torch.empty(count, hidden, intermediate, dtype=dtype)
 
 
-def _parts(config: ModelConfig, layer: int, stack: ExpertWeights) -> list[Part]:
+def _parts(config: ModelConfig, layer: int, ids: tuple[int, ...], w13: Tensor, w2: Tensor) -> list[Part]:
     parts: list[Part] = []
     intermediate = config.moe_intermediate_size
-    for row, expert in enumerate(stack.expert_ids):
+    for row, expert in enumerate(ids):
         prefix = f"model.layers.{layer}.mlp.experts.{expert}."
-        parts.append((prefix + "gate_proj.weight", stack.w13[row, :intermediate]))
-        parts.append((prefix + "up_proj.weight", stack.w13[row, intermediate:]))
-        parts.append((prefix + "down_proj.weight", stack.w2[row]))
+        parts.append((prefix + "gate_proj.weight", w13[row, :intermediate]))
+        parts.append((prefix + "up_proj.weight", w13[row, intermediate:]))
+        parts.append((prefix + "down_proj.weight", w2[row]))
     return parts

@@ -15,6 +15,7 @@ from braid.kernels.reference import (
     combine,
     grouped_mlp,
     linear,
+    packed,
     rms_norm,
     silu,
     swiglu,
@@ -63,6 +64,15 @@ def test_linear_rows_keep_their_bits_with_two_threads(inputs: int, outputs: int)
     """Threads cut 5 to 11 rows into fours and a rest that rounds otherwise, unless rows are padded to fours."""
     x, weight = random(70, inputs), random(outputs, inputs, seed=1)
     assert_rows_keep_their_bits(x, weight, [1, 3, 5, 6, 7, 9, 10, 11])
+
+
+@DTYPES
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_a_packed_matrix_gives_the_same_bits(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    x, weight = random(600, inputs, dtype=dtype), random(outputs, inputs, dtype=dtype, seed=1)
+    bias, prepared = random(outputs, dtype=dtype, seed=2), packed(weight)
+    assert torch.equal(linear(x, prepared, bias), linear(x, weight, bias))
+    assert_rows_keep_their_bits(x[:70], prepared, ROW_COUNTS)
 
 
 def test_linear_rows_keep_their_bits_past_one_tile() -> None:
@@ -146,6 +156,8 @@ def test_grouped_mlp_pairs_keep_their_bits_in_any_company(dtype: torch.dtype) ->
         assert torch.equal(grouped_mlp(x, rows[picked], experts[picked], w13, w2), whole[picked])
         alone = grouped_mlp(x[picked], torch.arange(len(picked)), experts[picked], w13, w2)
         assert torch.equal(alone, whole[picked])
+    prepared = [tuple(packed(matrix) for matrix in stack) for stack in (w13, w2)]
+    assert torch.equal(grouped_mlp(x, rows, experts, *prepared), whole)
 
 
 @DTYPES

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from braid.kernels.quant import dequantise
+from braid.kernels.reference import linear
 from braid.model.checkpoint import Checkpoint
 from braid.model.network_weights import from_state_dict
 from braid.model.safetensors_file import CheckpointError
@@ -95,6 +96,26 @@ def test_without_q_lora_and_with_tied_embeddings(write_checkpoint: WriteCheckpoi
     loaded = load_attention(checkpoint, checkpoint.config, torch.float32, has_mtp=True)
     assert_same(loaded, expected)
     assert loaded.lm_head is loaded.embed_tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_multiply_to_the_same_bits(write_checkpoint: WriteCheckpoint, dtype: torch.dtype) -> None:
+    checkpoint = Checkpoint(write_checkpoint())
+    config = checkpoint.config
+    plain = load_attention(checkpoint, config, dtype, has_mtp=True)
+    prepared = load_attention(checkpoint, config, dtype, has_mtp=True, is_packed=True)
+    pairs = list(zip(tensors_of(prepared), tensors_of(plain), strict=True))
+    stacks = load_experts(checkpoint, config, range(4), range(8), dtype)
+    for layer, stack in load_experts(checkpoint, config, range(4), range(8), dtype, is_packed=True).items():
+        pairs += [*zip(stack.w13, stacks[layer].w13, strict=True), *zip(stack.w2, stacks[layer].w2, strict=True)]
+        assert stack.expert_ids == stacks[layer].expert_ids
+    for one, other in pairs:
+        assert one.shape == other.shape
+        if one.is_mkldnn:
+            x = torch.randn(5, one.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+            assert torch.equal(linear(x, one), linear(x, other))
+        else:
+            assert torch.equal(one, other)
 
 
 def test_some_experts_in_the_order_asked_for(write_checkpoint: WriteCheckpoint) -> None:
