@@ -105,4 +105,6 @@ def _show(responses: Iterator[pb.GenerateResponse], console: Console) -> str:
 def _refusal(line: Line, error: Any) -> str:
     if error.code() == grpc.StatusCode.UNAVAILABLE and "failed to connect" in (error.details() or ""):
         return f"nothing answers at {line.target}: is the cluster up? (`braid status`)"
+    if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+        return f"{line.target} wants an API key that it knows: give its file with --api-key-file"
     return f"{error.code().name}: {error.details()}"
