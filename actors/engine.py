@@ -45,7 +45,7 @@ class Engine:
         plan = self.scheduler.plan()
         if plan:
             self._run(plan)
-        self.requests.flush()
+        self.requests.peers.flush()
         return bool(plan)
 
     def _run(self, plan: Plan) -> None:

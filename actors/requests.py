@@ -16,8 +16,9 @@ from ..model.config import ModelConfig
 from ..model.kv_cache import LatentCache
 from ..model.sampler import SampledToken
 from .kv_transfer import open_message, receive_layer, sequence_from_open
-from .links import Link, LinkClosed, LinkFull
+from .links import Link
 from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, pack, unpack
+from .peers import Peers
 from .reactor import Closed, Event, Opened, Received
 from .scheduler import Scheduler
 from .sequence import Sequence, State
@@ -29,7 +30,7 @@ NUM_TOMBSTONES = 4096  # cancelled ids remembered, for a KV_OPEN that was overta
 
 
 class Requests:
-    """Used by the engine's thread only. It knows a peer from `Opened` on, and until it is closed or comes back."""
+    """Used by the engine's thread only."""
 
     def __init__(
         self,
@@ -45,14 +46,12 @@ class Requests:
         self.cache = cache
         self.scheduler = scheduler
         self.tracer = tracer
-        self.describe_load = describe_load
+        self.peers = Peers(describe_load)
         self.counters: Counter[str] = Counter()
-        self._peers: dict[str, Link] = {}
         self._sequences: dict[str, Sequence] = {}
         self._receiving: dict[tuple[str, int], Sequence] = {}
         self._sent: dict[tuple[str, int], Sequence] = {}
         self._cancelled: OrderedDict[str, None] = OrderedDict()
-        self._outbox: dict[str, list[TokenItem]] = {}
         self._next_number = 1
 
     def __len__(self) -> int:
@@ -65,23 +64,19 @@ class Requests:
         name = event.link.peer.name
         if isinstance(event, Opened):
             self._on_opened(event)
-        elif self._peers.get(name) is not event.link:
+        elif not self.peers.is_current(event):
             return
         elif isinstance(event, Closed):
-            del self._peers[name]
+            self.peers.remove(name)
             self._lose(name, event.reason)
         else:
             self._on_received(event)
 
     def _on_opened(self, event: Opened) -> None:
         """A peer's new link ends what hung on its old one: neither its numbers nor its blocks survived."""
-        name = event.link.peer.name
-        if old := self._peers.get(name):
-            self._lose(name, "it has come back without what it knew")
+        if old := self.peers.add(event.link):
             old.close("its peer has made another link")
-        self._peers[name] = event.link
-        if event.link.peer.role == "front":
-            self._send(event.link, Kind.LOAD, pack({"load": self.describe_load()}))
+            self._lose(event.link.peer.name, "it has come back without what it knew")
 
     def _on_received(self, event: Received) -> None:
         """Messages of kinds that are not ours (late expert rows) are dropped."""
@@ -94,10 +89,6 @@ class Requests:
             log.exception("%s cannot take a message of %s", self.name, event.link.peer.name)
             event.link.close(f"{event.link.peer.name} sent a message that cannot be taken: {error}")
 
-    def link_to(self, name: str) -> Link | None:
-        link = self._peers.get(name)
-        return link if link is not None and not link.closed else None
-
     def _on_submit(self, event: Received) -> None:
         sequence = Sequence.from_submit(Submit.unpack(event.message.meta))
         if sequence.target == self.name or sequence.params.max_tokens <= 1:
@@ -109,8 +100,8 @@ class Requests:
         elif not self.scheduler.submit(sequence):
             self.fail(sequence, "busy", f"{self.name} has no room for a prompt of {sequence.num_prompt} tokens now")
         elif sequence.target:
-            link = self.link_to(sequence.target)
-            if link is None or not self._send(link, Kind.KV_OPEN, open_message(sequence)):
+            link = self.peers.link_to(sequence.target)
+            if link is None or not self.peers.send(link, Kind.KV_OPEN, open_message(sequence)):
                 self.fail(sequence, "unavailable", f"{self.name} has no link to decode worker {sequence.target}")
             else:
                 self._sent[sequence.target, sequence.number] = sequence
@@ -131,16 +122,16 @@ class Requests:
         sequence = sequence_from_open(event.message.meta, event.link.peer.name)
         if sequence.id in self._cancelled:
             reason = "cancelled"
-        elif self.link_to(sequence.front) is None:
+        elif self.peers.link_to(sequence.front) is None:
             reason = f"{self.name} has no link to front end {sequence.front}"
         elif not self.scheduler.reserve(sequence):
             reason = f"{self.name} has {self.scheduler.allocator.num_free} free blocks"
         else:
             self._sequences[sequence.id] = sequence
             self._receiving[event.link.peer.name, sequence.number] = sequence
-            self._send(event.link, Kind.KV_ACCEPTED, pack({"number": sequence.number}))
+            self.peers.send(event.link, Kind.KV_ACCEPTED, pack({"number": sequence.number}))
             return
-        self._send(event.link, Kind.KV_REFUSED, pack({"number": sequence.number, "reason": reason}))
+        self.peers.send(event.link, Kind.KV_REFUSED, pack({"number": sequence.number, "reason": reason}))
 
     def _on_kv_layer(self, event: Received) -> None:
         num_bytes = receive_layer(self.cache, self._receiving, event.link, event.message)
@@ -225,7 +216,7 @@ class Requests:
         assert token is not None, f"{sequence.id} handed over without a first token"
         link = self.kv_link(sequence)
         done = pack({"number": sequence.number, "token_id": token.token_id})
-        if link is None or not self._send(link, Kind.KV_DONE, done):
+        if link is None or not self.peers.send(link, Kind.KV_DONE, done):
             self.fail(sequence, "unavailable", f"decode worker {sequence.target} is gone")
             return
         del self._sent[sequence.target, sequence.number]
@@ -237,7 +228,7 @@ class Requests:
         self._forget(sequence)
 
     def kv_link(self, sequence: Sequence) -> Link | None:
-        return self.link_to(sequence.target) if (sequence.target, sequence.number) in self._sent else None
+        return self.peers.link_to(sequence.target) if (sequence.target, sequence.number) in self._sent else None
 
     # ---- ends
 
@@ -261,7 +252,7 @@ class Requests:
         """Forgets a sequence here and, if its rows are on their way, at the decode worker."""
         link = self.kv_link(sequence)
         if link is not None:
-            self._send(link, Kind.KV_ABORT, pack({"number": sequence.number, "reason": reason}))
+            self.peers.send(link, Kind.KV_ABORT, pack({"number": sequence.number, "reason": reason}))
         self._sent.pop((sequence.target, sequence.number), None)
         self._receiving.pop((sequence.source, sequence.number), None)
         self._forget(sequence)
@@ -275,7 +266,7 @@ class Requests:
         for sequence in list(self._sequences.values()):
             if not states or sequence.state in states:
                 self.fail(sequence, code, message)
-        self.flush()
+        self.peers.flush()
 
     def fail_step(self, message: str) -> None:
         """After a step that raised: what waits or is computed elsewhere had no part in it."""
@@ -303,28 +294,7 @@ class Requests:
 
     def _emit(self, sequence: Sequence, item: TokenItem) -> None:
         self.counters["generated"] += len(item.token_ids)
-        self._outbox.setdefault(sequence.front, []).append(item)
-
-    def flush(self) -> None:
-        """One message per front end and step (DESIGN section 4)."""
-        if not self._outbox:
-            return
-        load = self.describe_load()
-        outbox, self._outbox = self._outbox, {}
-        for front, items in outbox.items():
-            link = self.link_to(front)
-            if link is not None:
-                self._send(link, Kind.TOKENS, pack({"load": load, "items": [item.wire() for item in items]}))
-
-    def _send(self, link: Link, kind: Kind, meta: bytes) -> bool:
-        """What a peer has no room for ends its link: it would wait in vain for an answer or a block (DESIGN law 7)."""
-        try:
-            link.send(kind, meta)
-        except (LinkClosed, LinkFull) as error:
-            log.warning("%s to %s not sent: %s", kind.name, link.peer.name, error)
-            link.close(str(error))
-            return False
-        return True
+        self.peers.emit(sequence.front, item)
 
     def _trace_prefill(self, sequence: Sequence) -> None:
         attributes: Attributes = {"braid.worker": self.name, "gen_ai.usage.input_tokens": sequence.num_prompt}

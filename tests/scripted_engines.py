@@ -164,7 +164,7 @@ class Worker:
 
     def assert_empty(self) -> None:
         requests = self.requests
-        left = [requests._sequences, requests._sent, requests._receiving, requests._outbox]
+        left = [requests._sequences, requests._sent, requests._receiving, requests.peers.outbox]
         assert left == [{}, {}, {}, {}]
         self.assert_idle()
 
