@@ -2,8 +2,8 @@
 
 Invariant: a row's bits depend on its own position and its own sequence's cache only. Keys are visited in splits of 256
 absolute positions, and each row merges its splits in ascending order by online softmax in fp32. A row visits only
-splits of which it sees something; cache rows that nobody may see yet are replaced by zeros, because they can hold NaN
-and 0 * NaN is NaN.
+splits of which it sees something; cache rows that it may not see are replaced (by zeros, or by one that it sees),
+because they can hold NaN and 0 * NaN is NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .reference import ROW_MULTIPLE, batched_matmul, linear
 
 KV_SPLIT = 256
 QUERY_GROUP = 512  # query rows that go through one product
-GATHER_FLOATS = 1 << 22  # bound on the cache rows gathered at once in the absorbed form
+GATHER_FLOATS = 1 << 20  # bound on the cache rows gathered at once in the absorbed form
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,8 @@ class DecodeSplit:
     """Some rows and a split of which they see something: all of it (hidden is None), or all but some last keys."""
 
     rows: Tensor  # int64 [R]
-    blocks: Tensor  # int64 [R, KV_SPLIT / block_size]
-    hidden: Tensor | None  # bool [R, KV_SPLIT]
-    hidden_keys: Tensor | None  # int64, the same as indices into [R * KV_SPLIT]
+    slots: Tensor  # int64 [R * KV_SPLIT]; for a hidden key, that of the split's first
+    hidden: Tensor | None  # bool [R, 1, KV_SPLIT]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,7 @@ class DecodePlan:
     """Ascending splits; one split may come in several parts, so that what is gathered at once stays bounded."""
 
     splits: tuple[DecodeSplit, ...]
+    gathered: Tensor  # fp32 [most slots of a split, latent_dim]: every layer's, as fresh memory costs more than a copy
 
 
 def plan_prefill(start: int, num: int, block_table: Sequence[int], block_size: int) -> PrefillPlan:
@@ -65,19 +65,18 @@ def plan_decode(
     row_limit = max(GATHER_FLOATS // (KV_SPLIT * latent_dim), 1)
     num_splits = max(positions) // KV_SPLIT + 1
     table = _padded_table(block_tables, positions, num_splits, block_size).view(len(positions), num_splits, -1)
-    last_seen = torch.tensor(positions)
+    last_seen = torch.tensor(positions)[:, None]
+    key = torch.arange(KV_SPLIT)
     splits = []
     for split in range(num_splits):
-        every = (last_seen >= split * KV_SPLIT).nonzero().flatten()
-        for at in range(0, len(every), row_limit):
-            rows = every[at : at + row_limit]
-            hidden = split * KV_SPLIT + torch.arange(KV_SPLIT) > last_seen[rows, None]
-            keys = hidden.flatten().nonzero().flatten()
-            is_partial = len(keys) > 0
-            splits.append(
-                DecodeSplit(rows, table[rows, split], hidden if is_partial else None, keys if is_partial else None)
-            )
-    return DecodePlan(tuple(splits))
+        every = (last_seen[:, 0] >= split * KV_SPLIT).nonzero().flatten()
+        for rows in torch.split(every, row_limit):
+            hidden = split * KV_SPLIT + key > last_seen[rows]
+            seen_key = key.masked_fill(hidden, 0)
+            slots = table[rows, split].gather(1, seen_key // block_size) * block_size + seen_key % block_size
+            splits.append(DecodeSplit(rows, slots.flatten(), hidden[:, None] if hidden.any() else None))
+    gathered = torch.empty(min(row_limit, len(positions)) * KV_SPLIT, latent_dim)
+    return DecodePlan(tuple(splits), gathered)
 
 
 def _padded_table(
@@ -119,7 +118,7 @@ def _expand_split(
     cache_layer: Tensor, kv_b_proj: Tensor, blocks: Tensor, num_valid: int, heads: int, v_head_dim: int
 ) -> tuple[Tensor, Tensor]:
     """fp32 keys [heads, KV_SPLIT, d_nope + d_rope] and values [heads, KV_SPLIT, d_v] of one split."""
-    latent = _gather(cache_layer, blocks).view(KV_SPLIT, -1)
+    latent = cache_layer.index_select(0, blocks).view(KV_SPLIT, -1)  # indexing takes five times as long on a CPU
     if num_valid < KV_SPLIT:
         latent = latent.masked_fill((torch.arange(KV_SPLIT) >= num_valid)[:, None], 0.0)
     kv_lora_rank = kv_b_proj.shape[1]
@@ -129,11 +128,6 @@ def _expand_split(
     return torch.cat((k_nope, k_rope), dim=-1), values.contiguous()
 
 
-def _gather(cache_layer: Tensor, blocks: Tensor) -> Tensor:
-    """A copy of these blocks. By index_select: indexing with a tensor takes five times as long on a CPU."""
-    return cache_layer.index_select(0, blocks.flatten())
-
-
 def mla_decode(q: Tensor, cache_layer: Tensor, plan: DecodePlan, softmax_scale: float, kv_lora_rank: int) -> Tensor:
     """q: [N, heads, kv_lora + d_rope] (absorbed) -> attended latents [N, heads, kv_lora] in q's dtype."""
     num_rows, heads, _ = q.shape
@@ -141,12 +135,12 @@ def mla_decode(q: Tensor, cache_layer: Tensor, plan: DecodePlan, softmax_scale: 
     queries = F.pad(q.float() * softmax_scale, (0, 0, 0, padded_heads - heads))
     merge = OnlineSoftmax(num_rows, padded_heads, kv_lora_rank)
     for split in plan.splits:
-        latent = _gather(cache_layer, split.blocks).view(len(split.rows), KV_SPLIT, -1).float()
-        if split.hidden_keys is not None:
-            latent.view(-1, latent.shape[-1]).index_fill_(0, split.hidden_keys, 0.0)  # a gathered copy, not the cache
+        latent = plan.gathered[: len(split.slots)]
+        latent.copy_(cache_layer.flatten(0, 1).index_select(0, split.slots))
+        latent = latent.view(len(split.rows), KV_SPLIT, -1)
         scores = batched_matmul(queries[split.rows], latent.transpose(1, 2))
         if split.hidden is not None:
-            scores = scores.masked_fill(split.hidden[:, None], float("-inf"))
+            scores.masked_fill_(split.hidden, float("-inf"))
         merge.add(split.rows, scores, latent[..., :kv_lora_rank])
     return merge.result()[:, :heads].to(q.dtype)
 

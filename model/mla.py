@@ -75,8 +75,9 @@ class LatentAttention:
         self._weights = weights
         heads = config.num_attention_heads
         kv_b = weights.kv_b_proj.view(heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank)
-        self._w_uk = kv_b[:, : config.qk_nope_head_dim]  # [heads, d_nope, kv_lora]
-        self._w_uv = kv_b[:, config.qk_nope_head_dim :].transpose(1, 2)  # [heads, kv_lora, d_v]
+        # Copies: a bf16 product copies a strided operand each time, which was a quarter of a small decode step.
+        self._w_uk = kv_b[:, : config.qk_nope_head_dim].contiguous()  # [heads, d_nope, kv_lora]
+        self._w_uv = kv_b[:, config.qk_nope_head_dim :].transpose(1, 2).contiguous()  # [heads, kv_lora, d_v]
 
     def write_latents(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LatentCache, layer: int) -> None:
         """x: [N, H] normed hidden rows; puts their latents into the cache."""

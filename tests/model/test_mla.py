@@ -23,10 +23,11 @@ def test_plan_places_every_row() -> None:
     assert plan.absorbed_rows.tolist() == [4, 5, 7]
     assert plan.decode is not None
     assert [split.rows.tolist() for split in plan.decode.splits] == [[0, 1, 2]]
-    assert plan.decode.splits[0].blocks.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0], [4, 0, 0, 0]]
+    slots = plan.decode.splits[0].slots.view(3, -1).tolist()  # a hidden key's is the first one, which can be read
+    assert slots == [[*range(131), *[0] * 125], [*range(132), *[0] * 124], [*range(256, 262), *[256] * 250]]
     hidden = plan.decode.splits[0].hidden
     assert hidden is not None
-    assert (~hidden).sum(1).tolist() == [131, 132, 6]
+    assert (~hidden).sum(2).flatten().tolist() == [131, 132, 6]
 
 
 def test_a_row_visits_only_splits_it_sees() -> None:
@@ -35,7 +36,7 @@ def test_a_row_visits_only_splits_it_sees() -> None:
     assert plan.decode is not None
     assert [split.rows.tolist() for split in plan.decode.splits] == [[0, 1, 2], [1, 2], [2]]
     assert plan.decode.splits[0].hidden is None
-    assert plan.decode.splits[1].blocks.tolist() == [[4, 5, 6, 7]] * 2
+    assert plan.decode.splits[1].slots.view(2, -1)[1].tolist() == list(range(256, 512))
 
 
 def test_empty_parts_are_allowed() -> None:
