@@ -18,7 +18,7 @@ from torch import Tensor
 from .reference import ROW_MULTIPLE, batched_matmul, linear
 
 KV_SPLIT = 256
-QUERY_GROUP = 512  # query rows that go through one product
+QUERY_GROUP = 256  # query rows that go through one product
 GATHER_FLOATS = 1 << 20  # bound on the cache rows gathered at once in the absorbed form
 
 

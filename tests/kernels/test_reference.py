@@ -64,6 +64,8 @@ def test_linear_rows_keep_their_bits_with_two_threads(inputs: int, outputs: int)
     """Threads cut 5 to 11 rows into fours and a rest that rounds otherwise, unless rows are padded to fours."""
     x, weight = random(70, inputs), random(outputs, inputs, seed=1)
     assert_rows_keep_their_bits(x, weight, [1, 3, 5, 6, 7, 9, 10, 11])
+    assert_rows_keep_their_bits(x, packed(weight), [1, 3, 5, 6, 7, 9, 10, 11])
+    assert torch.equal(linear(x, packed(weight)), linear(x, weight))
 
 
 @DTYPES
