@@ -21,7 +21,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-PROMPTS = ("def fibonacci(n):\n", "class Stack:\n", "import os\n\ndef read_file(path):\n")
+# No prompt ends in a newline: the tokenizer joins a newline with the indentation after it.
+PROMPTS = ("def fibonacci(n):", "class Stack:", "import os\n\ndef read_file(path):")
 LAYERS = ("layer 1", "layer 2", "layer 3", "layer 4", "MTP layer")
 
 
