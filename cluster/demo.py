@@ -23,11 +23,11 @@ from .up import Started, check, keep, signals_stop_it, start, wait_until_ready
 
 NAME = "braid-demo"
 # A prompt that ends in a line break or a blank cuts a token in two, which small models mind.
-GRPC_PROMPT = "class Queue:"
-HTTP_PROMPT = "def read_lines(path"
+GRPC_PROMPT = 'def is_prime(n):\n    """Return True if'
+HTTP_PROMPT = "def read_lines(path):\n    with open(path"
 MAX_TOKENS = 80
-TEMPERATURE = 0.6
-SEED = 7
+TEMPERATURE = 0.5
+SEED = 1
 
 
 def demo() -> int:
