@@ -13,7 +13,7 @@ from torch import Tensor
 
 from braid.model.corpus import encode_files, held_out_windows, read_corpus
 from braid.model.train import Trainer
-from braid.model.train_checkpoint import load_tokenizer
+from braid.model.train_checkpoint import LOG, load_tokenizer
 from braid.model.train_network import MtpLayer, TrainNetwork
 from braid.model.train_settings import TrainSettings
 
@@ -27,7 +27,7 @@ LAYERS = ("layer 1", "layer 2", "layer 3", "layer 4", "MTP layer")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "training-log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def shipped_trainer(path: Path) -> Trainer:
@@ -152,12 +152,12 @@ def report(path: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder that braid train wrote")
-    parser.add_argument("--control", type=Path, help="folder of a run with --bias-update-speed 0")
+    parser.add_argument("--control", type=Path, help="log of a run with --bias-update-speed 0")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.picture:
-        draw(read_log(args.run), read_log(args.control) if args.control else [], args.picture)
+        draw(read_log(args.run / LOG), read_log(args.control) if args.control else [], args.picture)
     for text in report(args.run):
         print(text, flush=True)
 
