@@ -140,7 +140,7 @@ def floor_ms(model: DeepSeekModel, machine: Machine, num: int, context: int | No
     head = config.vocab_size * hidden
     touched = experts * (1 - (1 - top_k / experts) ** num) if experts else 0.0
     numbers = fixed + head + num_moe * touched * 3 * hidden * moe
-    products = num * (fixed + num_moe * top_k * 3 * hidden * moe)
+    products: float = num * (fixed + num_moe * top_k * 3 * hidden * moe)
     if context is None:
         products += head + layers * heads * num * num / 2 * (config.qk_head_dim + config.v_head_dim)
     else:

@@ -46,7 +46,7 @@ def wire_messages(messages: Sequence[Mapping[str, str]]) -> pb.Messages:
 def stream(line: Line, request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
     """Raises AnswerRefused with the server's own words."""
     with grpc.insecure_channel(line.target) as channel:
-        stub = services.BraidStub(channel)  # type: ignore[no-untyped-call]
+        stub = services.BraidStub(channel)
         call = stub.Generate(request, timeout=line.timeout_s, metadata=line.metadata())
         try:
             yield from call

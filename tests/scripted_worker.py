@@ -154,8 +154,8 @@ async def front_of(tokenizer: Tokenizer, *workers: ScriptedWorker, **settings: A
         await until(lambda: len(front.load()["workers"]) == len(workers), "every worker's load")
         yield front
         assert (front.load()["running"], front.load()["waiting"]) == (0, 0)
-        for worker in front.admission.workers.values():
-            assert (worker.ledger.reserved, worker.ledger.unseen, worker.unprefilled_tokens) == (0, 0, 0)
+        for linked in front.admission.workers.values():
+            assert (linked.ledger.reserved, linked.ledger.unseen, linked.unprefilled_tokens) == (0, 0, 0)
     finally:
         await front.close()
         for worker in workers:

@@ -12,7 +12,7 @@ from braid.actors.expert_host import Slice
 from braid.actors.expert_worker import PREFILL_PATIENCE_S, Job, jobs_of, next_batch
 from braid.actors.links import Hello, Link
 from braid.actors.messages import DISPATCH, Kind
-from braid.actors.reactor import Reactor, Received
+from braid.actors.reactor import Event, Reactor, Received
 from braid.actors.socket_pipe import SocketPipe
 from braid.actors.wire import bytes_of
 
@@ -67,7 +67,7 @@ def test_a_dispatch_that_cannot_be_read_costs_its_sender_the_link_and_nobody_els
         sender.send(Kind.DISPATCH, b"?" if name == "garbled" else meta, pairs.data.cast("B"), bytes_of(x))
         sender.close()
     reactor.poll(0)
-    events = [event for event in reactor.poll(0) if isinstance(event, Received)]
+    events: list[Event] = [event for event in reactor.poll(0) if isinstance(event, Received)]
     jobs = jobs_of(events, HIDDEN, NUM_EXPERTS, torch.float32)
     assert [job.link.peer.name for job in jobs] == ["good"]
     assert [name for name, link in links.items() if link.is_closed_here] == ["short", "garbled", "beyond", "narrow"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import addressof, c_char
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from braid.actors.framing import ALIGNMENT, HEADER, MAGIC, MAX_FRAME_BYTES, VERSION, FrameReader, frame_pieces
-from braid.actors.pipe import PeerGone, Piece
+from braid.actors.pipe import PeerGone, Piece, Pipe
 
 
 class Trickle:
@@ -47,7 +48,7 @@ def stream_of(kind: int, meta: bytes, *payload: Piece) -> bytes:
 def read_all(stream: bytes, step: int) -> list[tuple[int, bytes, memoryview]]:
     pipe, reader, frames = Trickle(stream, step), FrameReader(), []
     while pipe.arrive():
-        while (frame := reader.read(pipe)) is not None:
+        while (frame := reader.read(cast(Pipe, pipe))) is not None:
             frames.append(frame)
     assert not reader.is_mid_frame()
     return frames

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from braid.actors.pipe import Piece
+from braid.actors.pipe import Piece, Pipe
 from braid.actors.send_queue import SendQueue
 
 
@@ -33,10 +34,10 @@ def test_every_byte_leaves_once_and_in_order(pieces: list[bytes], written: int, 
     queue, pipe = SendQueue(), NarrowPipe(room)
     queue.put(pieces, written)
     assert queue.num_bytes == len(stream)
-    assert queue.drain(pipe) == (not queue)
+    assert queue.drain(cast(Pipe, pipe)) == (not queue)
     assert pipe.got == stream[: len(pipe.got)]
     assert len(pipe.got) + queue.num_bytes == len(stream)
-    assert queue.drain(NarrowPipe([100])) or not stream
+    assert queue.drain(cast(Pipe, NarrowPipe([100]))) or not stream
 
 
 def test_the_callers_buffer_is_copied() -> None:
@@ -44,6 +45,6 @@ def test_the_callers_buffer_is_copied() -> None:
     queue, pipe = SendQueue(), NarrowPipe([100])
     queue.put([b"12", memoryview(buffer)], 3)
     buffer[:] = b"......"
-    assert queue.drain(pipe)
+    assert queue.drain(cast(Pipe, pipe))
     assert pipe.got == b"bcdef"
     assert not queue

@@ -20,7 +20,8 @@ MODEL, CONTEXT = "tiny", 120
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return small_tokenizer(tmp_path_factory.mktemp("model"))
+    made: Tokenizer = small_tokenizer(tmp_path_factory.mktemp("model"))
+    return made
 
 
 def info(tokenizer: Tokenizer, *notices: str) -> ModelInfo:

@@ -23,7 +23,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     refuses_robots = (
         "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}{% endfor %}x"
     )
-    return small_tokenizer(tmp_path_factory.mktemp("model"), chat_template=refuses_robots)
+    made: Tokenizer = small_tokenizer(tmp_path_factory.mktemp("model"), chat_template=refuses_robots)
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from braid.model.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return small_tokenizer(tmp_path_factory.mktemp("model"))
+    made: Tokenizer = small_tokenizer(tmp_path_factory.mktemp("model"))
+    return made
 
 
 def byte_tokens(tokenizer: Tokenizer, text: str) -> list[int]:

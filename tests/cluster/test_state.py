@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
-from braid.actors.view import WorkerInfo
+from braid.actors.view import Role, WorkerInfo
 from braid.cluster.errors import IllegalTransition
 from braid.cluster.events import (
     Answered,
@@ -42,7 +43,7 @@ NAMES = ["prefill-0", "decode-0", "expert-0", "expert-1"]
 def info(name: str, incarnation: int = 1) -> WorkerInfo:
     role = name.split("-")[0]
     assert role in ("prefill", "decode", "expert")
-    return WorkerInfo(name, role, incarnation, "host", f"/run/{name}", "127.0.0.1", 1, 7, "here")
+    return WorkerInfo(name, cast(Role, role), incarnation, "host", f"/run/{name}", "127.0.0.1", 1, 7, "here")
 
 
 def new_state(**experts: int) -> ClusterState:
@@ -108,9 +109,9 @@ def test_serving_needs_every_link_and_every_front(state: ClusterState) -> None:
     for name in NAMES:
         state.handle(Applied(3.0, name, 1, 1))
     state.handle(FrontReady(3.0, "http"))
-    assert state.phase == "joining"
+    without_grpc = state.phase
     state.handle(FrontReady(3.0, "grpc"))
-    assert state.phase == "serving"
+    assert (without_grpc, state.phase) == ("joining", "serving")
     assert state.problems == ()
 
 
@@ -215,15 +216,20 @@ def test_stop_is_idempotent(state: ClusterState) -> None:
     assert state.failure is None
 
 
+def problems_of(state: ClusterState) -> tuple[str, ...]:
+    """Of a tuple compared in place, mypy would go on to believe that it keeps its length."""
+    return state.problems
+
+
 def test_a_front_that_dies_later_is_a_problem_not_the_end(state: ClusterState) -> None:
     serve(state)
     assert state.handle(FrontFailed(9.0, "grpc", "died")) == []
-    assert state.problems == ("the grpc front end failed: died",)
+    assert problems_of(state) == ("the grpc front end failed: died",)
     assert state.phase == "serving"
     state.handle(Broke(10.0, "expert-1", 1, "died too"))
-    assert state.problems == ("expert-1 is lost: died too", "the grpc front end failed: died")
+    assert problems_of(state) == ("expert-1 is lost: died too", "the grpc front end failed: died")
     assert state.handle(FrontReady(11.0, "grpc")) == []
-    assert state.problems == ("expert-1 is lost: died too",)
+    assert problems_of(state) == ("expert-1 is lost: died too",)
 
 
 def test_an_illegal_move_tells_the_story(state: ClusterState) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,7 +30,7 @@ def run(stream: OutputStream, items: list[TokenItem]) -> list[Delta]:
     return [delta for item in items for delta in stream.push(item.wire())]
 
 
-def stream_of(tokenizer: Tokenizer, *stops: str, **params: int) -> OutputStream:
+def stream_of(tokenizer: Tokenizer, *stops: str, **params: Any) -> OutputStream:
     return OutputStream(PROMPT, SamplingParams(**{"max_tokens": 1000, **params}), stops, tokenizer.decoder())
 
 

@@ -17,7 +17,7 @@ from braid.cluster.errors import AnswerRefused
 from braid.cluster.talk import Line, chat, generate
 
 
-class Scripted(services.BraidServicer):  # type: ignore[misc]
+class Scripted(services.BraidServicer):
     """Says `hello` in two pieces; refuses the text `no`."""
 
     def __init__(self) -> None:

@@ -190,7 +190,7 @@ def test_gradients_flow_and_inputs_stay() -> None:
     idx, weights = route(linear(normed, gate), None, "sigmoid", "noaux_tc", 2, 1, 1, True, 2.5)
     rows = grouped_mlp(normed, torch.arange(3).repeat_interleave(2), idx.flatten(), w13, w2).view(3, 2, 8)
     out = combine(swiglu_mlp(normed, w13[0], w2[0]), rows, weights)
-    apply_rope(out, torch.ones(8), torch.ones(8)).square().sum().backward()
+    apply_rope(out, torch.ones(8), torch.ones(8)).square().sum().backward()  # type: ignore[no-untyped-call]
     for tensor, old in zip((x, w13, w2, norm, gate), before, strict=True):
         assert torch.equal(tensor, old)
         assert tensor.grad is not None

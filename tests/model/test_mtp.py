@@ -40,7 +40,7 @@ def case(shape_name: str) -> Case:
     config = ModelConfig.from_dict(values)
     generator = torch.Generator().manual_seed(5)
     state = dict(small_model(shape_name).state)
-    for name, shape in expected_tensors(config, ("mtp",)).items():
+    for name, shape in expected_tensors(config, ["mtp"]).items():
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             state[name] = 1.0 + 0.2 * noise

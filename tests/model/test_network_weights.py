@@ -54,7 +54,7 @@ def test_mtp_is_built_where_the_checkpoint_has_it() -> None:
     small = small_model("v3")
     config = ModelConfig.from_dict(make_hf_model("v3", num_mtp_layers=1)[1])
     assert from_state_dict(config, small.state, torch.float32)[0].mtp == ()
-    shapes = expected_tensors(config, ("mtp",))
+    shapes = expected_tensors(config, ["mtp"])
     lean = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in mtp_copies(config)}
     weights, experts = from_state_dict(config, {**small.state, **lean}, torch.float32)
     assert weights.mtp[0].embed_tokens is weights.embed_tokens

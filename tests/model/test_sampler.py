@@ -1,6 +1,7 @@
 """Sampled tokens follow the exact filtered distribution and never depend on the rest of the batch."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -168,7 +169,7 @@ def test_poisoned_logits_are_named_by_position(poison: float) -> None:
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
     ],
 )
-def test_bad_parameters_are_named_with_a_remedy(change: dict[str, object], message: str) -> None:
+def test_bad_parameters_are_named_with_a_remedy(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SamplingParams(max_tokens=4), **change).check()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class Recorder:
 
 def recorded(network: DeepSeekModel) -> list[Recorder]:
     recorders = [Recorder(layer) for layer in network.layers]
-    network.layers = recorders
+    network.layers = cast(list[DecoderLayer], recorders)
     return recorders
 
 
