@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from link_peer import SECRET, Address
 from braid.actors.dialing import dial, host_id
 from braid.actors.links import Hello, Link
 from braid.actors.listener import MAX_HANDSHAKES, Listener
+from braid.actors.reactor import Closed, Reactor
 
 ME = Hello("me", "both", 1, host_id())
 TIMEOUT_S = 20.0
@@ -63,10 +65,15 @@ def test_a_tcp_port_in_use_leaves_nothing_open(tmp_path: Path) -> None:
 
 def test_a_link_that_nobody_takes_is_closed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     listener = Listener(ME, SECRET, str(tmp_path / "s"), None, refuse_link)
-    link = dial(Address(str(tmp_path / "s"), "", 0), ME, SECRET, "unix", TIMEOUT_S)
-    listener.close()
+    reactor = Reactor()
+    reactor.add(dial(Address(str(tmp_path / "s"), "", 0), ME, SECRET, "unix", TIMEOUT_S))
+    deadline, events = time.monotonic() + TIMEOUT_S, reactor.poll(TIMEOUT_S)
+    while not any(isinstance(event, Closed) for event in events):
+        assert time.monotonic() < deadline, "the link that nobody took was not closed"
+        events = reactor.poll(TIMEOUT_S)
     assert "no room for me" in caplog.text
-    link.close()
+    listener.close()
+    reactor.close()
 
 
 def test_handshakes_under_way_are_bounded_and_end_with_the_listener(
