@@ -140,3 +140,15 @@ def test_other_topologies_give_the_same_bits(
         assert mine.token_ids == theirs.token_ids
         assert mine.logprobs == theirs.logprobs
         assert mine.prompt_logprobs == theirs.prompt_logprobs
+
+
+def test_bfloat16_gives_the_same_bits_colocated_and_not(checkpoint: Path, tmp_path: Path) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.7, seed=3, logprobs=1, prompt_logprobs=0, ignore_eos=True)
+    told = []
+    for experts in ("colocated", 2):
+        made = ProcessCluster(checkpoint, tmp_path, experts=experts, dtype="bfloat16", kv_tokens=4096)
+        answers = made.generate(PROMPTS[2:5], params)
+        made.front.wait_baseline()
+        made.close()
+        told.append([(answer.token_ids, answer.logprobs, answer.prompt_logprobs) for answer in answers])
+    assert told[0] == told[1]
