@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
-    for file in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "py.typed"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "__init__.py", "py.typed"):
         shutil.copy2(ROOT / file, source)
     for room in ROOT.glob("*/__init__.py"):
-        shutil.copytree(room.parent, source / room.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(room.parent, source / room.parent.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     subprocess.run([sys.executable, "-P", "-c", build], cwd=source, check=True, capture_output=True)
     (built,) = (source / "dist").glob("*.whl")

@@ -1,0 +1,34 @@
+// The module `braid.kernels._native`: the kernels' functions, and what this CPU can run of them.
+#include "arguments.hpp"
+
+extern const PyMethodDef pool_methods[];
+
+namespace {
+
+PyObject* has_avx512(PyObject*, PyObject* const*, Py_ssize_t) {
+    return PyBool_FromLong(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+}
+
+PyObject* has_avx512_bf16(PyObject*, PyObject* const*, Py_ssize_t) {
+    return PyBool_FromLong(__builtin_cpu_supports("avx512bf16"));
+}
+
+const PyMethodDef feature_methods[] = {
+    method("has_avx512", has_avx512),
+    method("has_avx512_bf16", has_avx512_bf16),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+const PyMethodDef* const ALL[] = {feature_methods, pool_methods};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+    PyObject* module = PyModule_Create(&definition);
+    for (const PyMethodDef* methods : ALL)
+        if (module && PyModule_AddFunctions(module, const_cast<PyMethodDef*>(methods)) != 0) Py_CLEAR(module);
+    return module;
+}
