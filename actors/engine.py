@@ -50,11 +50,12 @@ class Engine:
 
     def _run(self, plan: Plan) -> None:
         batch = _batch_of(plan)
-        bound = [(chunk, link) for chunk in plan.prefill if (link := self.requests.kv_link(chunk.sequence))]
+        prompts = [chunk for chunk in plan if not chunk.absorbed]
+        bound = [(chunk, link) for chunk in prompts if (link := self.requests.kv_link(chunk.sequence))]
         now = time.time_ns()
-        for chunk in plan.prefill:
+        for chunk in prompts:
             chunk.sequence.started_ns = chunk.sequence.started_ns or now
-        self.experts.phase = 0 if plan.decode else 1
+        self.experts.phase = 0 if len(prompts) < len(plan) else 1
         try:
             logits = self.model.forward(batch, LayerSender(self.requests.cache, bound)).logits
         finally:
@@ -62,28 +63,29 @@ class Engine:
         self.experts.end_step()
         self.requests.counters["steps"] += 1
         self.requests.counters["tokens"] += len(batch.token_ids)
-        failed = self._fail_rows(plan, lost_rows)
-        self._postprocess(plan, logits, failed)
+        self._postprocess(plan, logits, self._fail_rows(plan, lost_rows))
 
     def _postprocess(self, plan: Plan, logits: torch.Tensor, failed: set[Sequence]) -> None:
-        """logits rows: decode sequences, then per chunk all its rows (prompt log-probabilities) or its last one."""
-        row = len(plan.decode)
-        picks = [(sequence, index) for index, sequence in enumerate(plan.decode)]
-        for chunk in plan.prefill:
+        """logits rows: per chunk all its rows (prompt log-probabilities), its last one (it yields a token) or none."""
+        row = 0
+        picks: list[tuple[Sequence, int]] = []
+        for chunk in plan:
             rows = _num_logit_rows(chunk)
-            chunk.sequence.num_computed = chunk.start + chunk.num
-            if chunk.sequence.params.prompt_logprobs is not None and chunk.sequence not in failed:
-                try:
-                    _extend_prompt_logprobs(chunk, logits[row : row + rows])
-                except NothingToSample as error:
-                    self.requests.fail(chunk.sequence, "internal", str(error))
-                    failed.add(chunk.sequence)
-            if chunk.is_last:
+            if chunk.sequence not in failed and self._advance(chunk, logits[row : row + rows]):
                 picks.append((chunk.sequence, row + rows - 1))
             row += rows
-        for sequence in plan.decode:
-            sequence.num_computed += 1
-        self._sample([(sequence, index) for sequence, index in picks if sequence not in failed], logits)
+        self._sample(picks, logits)
+
+    def _advance(self, chunk: Chunk, logits: torch.Tensor) -> bool:
+        """Takes note of what the step computed for one sequence; True when its next token can be sampled."""
+        self.scheduler.computed(chunk)
+        if _scores_prompt(chunk):
+            try:
+                _extend_prompt_logprobs(chunk, logits)
+            except NothingToSample as error:
+                self.requests.fail(chunk.sequence, "internal", str(error))
+                return False
+        return chunk.is_last
 
     def _sample(self, picks: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
         scoring = [sequence for sequence, _ in picks if sequence.params.max_tokens == 0]
@@ -122,31 +124,30 @@ class Engine:
     def _fail_rows(self, plan: Plan, failed: dict[int, str]) -> set[Sequence]:
         if not failed:
             return set()
-        owner_of_row = [*plan.decode]
-        for chunk in plan.prefill:
-            owner_of_row += [chunk.sequence] * chunk.num
+        owner_of_row = [chunk.sequence for chunk in plan for _ in range(chunk.num_rows)]
         lost = {owner_of_row[row]: reason for row, reason in failed.items()}
         for sequence, reason in lost.items():
             self.requests.fail(sequence, "unavailable", reason)
         return set(lost)
 
 
+def _scores_prompt(chunk: Chunk) -> bool:
+    return not chunk.absorbed and chunk.sequence.params.prompt_logprobs is not None
+
+
 def _num_logit_rows(chunk: Chunk) -> int:
-    if chunk.sequence.params.prompt_logprobs is not None:
-        return chunk.num
-    return 1 if chunk.is_last else 0
+    return chunk.num if _scores_prompt(chunk) else int(chunk.is_last)
 
 
 def _batch_of(plan: Plan) -> Batch:
-    """Decode rows first (one token each, absorbed form), then prompt chunks (MHA form)."""
-    tokens = [sequence.tokens[-1] for sequence in plan.decode]
-    segments = [Segment(s.num_computed, 1, s.block_table, absorbed=True) for s in plan.decode]
-    logit_rows = list(range(len(tokens)))
-    for chunk in plan.prefill:
-        end = len(tokens) + chunk.num
-        logit_rows += range(end - _num_logit_rows(chunk), end)
-        tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num]
-        segments.append(Segment(chunk.start, chunk.num, chunk.sequence.block_table, absorbed=False))
+    """Chunk by chunk: generated rows in the absorbed form first, then prompt rows in the MHA form."""
+    tokens: list[int] = []
+    segments: list[Segment] = []
+    logit_rows: list[int] = []
+    for chunk in plan:
+        tokens += [*chunk.sequence.tokens[chunk.start : chunk.start + chunk.num], *chunk.drafts]
+        segments.append(Segment(chunk.start, chunk.num_rows, chunk.sequence.block_table, chunk.absorbed))
+        logit_rows += range(len(tokens) - _num_logit_rows(chunk), len(tokens))
     return Batch(torch.tensor(tokens), segments, torch.tensor(logit_rows, dtype=torch.int64))
 
 

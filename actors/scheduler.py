@@ -15,26 +15,28 @@ from .sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Prompt positions [start, start + num) of one sequence."""
+    """Known positions [start, start + num) of one sequence, then its draft tokens; one form for all of its rows.
+
+    Prompt positions take the MHA form, generated ones the absorbed form (DESIGN law 5): no chunk spans both.
+    """
 
     sequence: Sequence
     start: int
     num: int
+    absorbed: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num + len(self.drafts)
 
     @property
     def is_last(self) -> bool:
-        return self.start + self.num == self.sequence.num_prompt
+        """Whether every known position is computed by now: the last known row yields the next token."""
+        return self.start + self.num == len(self.sequence.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: one row of every decoding sequence, then prompt chunks up to the token budget."""
-
-    decode: list[Sequence]
-    prefill: list[Chunk]
-
-    def __bool__(self) -> bool:
-        return bool(self.decode or self.prefill)
+Plan = list[Chunk]  # one step: a chunk of every decoding sequence, then prompt chunks up to the token budget
 
 
 class Scheduler:
@@ -75,6 +77,10 @@ class Scheduler:
         sequence.state = "decode"
         self.decoding.append(sequence)
 
+    def computed(self, chunk: Chunk, num_accepted: int = 0) -> None:
+        """A step has run: the latent rows of the chunk, and of its first `num_accepted` drafts, are in the cache."""
+        chunk.sequence.num_computed = chunk.start + chunk.num + num_accepted
+
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out wherever it stands and frees its blocks at once."""
         assert sequence.state != "finished", f"sequence {sequence.id} finished twice"
@@ -88,7 +94,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Decodes first, then prompts in order of arrival; a prompt that does not fit yet keeps its place."""
         budget = self.max_batch_tokens - len(self.decoding)
-        chunks: list[Chunk] = []
+        chunks = [Chunk(sequence, sequence.num_computed, 1, absorbed=True) for sequence in self.decoding]
         for sequence in self.prefilling:
             if sequence.state == "prefill" and budget > 0:
                 chunks.append(self._chunk(sequence, budget))
@@ -98,7 +104,7 @@ class Scheduler:
             self.prefilling.append(sequence)
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].num
-        return Plan(list(self.decoding), chunks)
+        return chunks
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -139,4 +145,5 @@ class Scheduler:
         return True
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        return Chunk(sequence, sequence.num_computed, min(budget, sequence.num_prompt - sequence.num_computed))
+        num = min(budget, sequence.num_prompt - sequence.num_computed)
+        return Chunk(sequence, sequence.num_computed, num, absorbed=False)

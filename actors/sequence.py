@@ -17,7 +17,10 @@ State = Literal["waiting", "prefill", "handover", "receiving", "decode", "finish
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """`tokens` = prompt + generated; positions below `num_computed` have their latent rows in the cache."""
+    """`tokens` = prompt + generated; positions below `num_computed` have their latent rows in the cache.
+
+    `drafts` are guesses at the tokens after the last one, to be verified by the next step.
+    """
 
     id: str
     front: str
@@ -30,6 +33,7 @@ class Sequence:
     state: State = "waiting"
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
+    drafts: list[int] = field(default_factory=list)
     accepted: bool = False
     number: int = 0
     source: str = ""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from braid.actors.scheduler import Scheduler
+from braid.actors.scheduler import Chunk, Scheduler
 from braid.actors.sequence import Sequence
 from braid.model.kv_cache import BLOCK_SIZE, BlockAllocator
 from braid.model.sampling_params import SamplingParams
@@ -26,12 +26,20 @@ def scheduler() -> Iterator[Scheduler]:
     assert made.allocator.num_free == made.allocator.num_total
 
 
+def prompts(scheduler: Scheduler) -> list[Chunk]:
+    return [chunk for chunk in scheduler.plan() if not chunk.absorbed]
+
+
+def decoding(scheduler: Scheduler) -> list[str]:
+    return [chunk.sequence.id for chunk in scheduler.plan() if chunk.absorbed]
+
+
 def run(scheduler: Scheduler, plan_chunks: list[tuple[str, int, int]]) -> None:
     """Plans a step, compares its prompt chunks with what is expected, and pretends it ran."""
-    plan = scheduler.plan()
-    assert [(c.sequence.id, c.start, c.num) for c in plan.prefill] == plan_chunks
-    for chunk in plan.prefill:
-        chunk.sequence.num_computed += chunk.num
+    chunks = prompts(scheduler)
+    assert [(c.sequence.id, c.start, c.num) for c in chunks] == plan_chunks
+    for chunk in chunks:
+        scheduler.computed(chunk)
         if chunk.is_last:
             chunk.sequence.tokens.append(0)
             scheduler.start_decode(chunk.sequence)
@@ -42,7 +50,7 @@ def test_prompts_share_the_token_budget_in_order_of_arrival(scheduler: Scheduler
     scheduler.submit(sequence("b", 130))
     run(scheduler, [("a", 0, 60), ("b", 0, 40)])
     run(scheduler, [("b", 40, 90)])  # one row of the budget decodes a, and 90 are left of the prompt
-    assert [s.id for s in scheduler.plan().decode] == ["a", "b"]
+    assert decoding(scheduler) == ["a", "b"]
 
 
 def test_a_decoding_sequence_always_runs_before_prompts(scheduler: Scheduler) -> None:
@@ -50,18 +58,17 @@ def test_a_decoding_sequence_always_runs_before_prompts(scheduler: Scheduler) ->
     run(scheduler, [("a", 0, 10)])
     scheduler.submit(sequence("b", 300))
     plan = scheduler.plan()
-    assert [s.id for s in plan.decode] == ["a"]
-    assert [(c.sequence.id, c.num) for c in plan.prefill] == [("b", 99)]
+    assert [(c.sequence.id, c.num, c.absorbed) for c in plan] == [("a", 1, True), ("b", 99, False)]
 
 
 def test_a_prompt_that_does_not_fit_waits_and_keeps_its_place(scheduler: Scheduler) -> None:
     scheduler.submit(sequence("a", 6 * BLOCK_SIZE, target="decode-0"))
     scheduler.submit(sequence("b", 3 * BLOCK_SIZE, target="decode-0"))
     scheduler.submit(sequence("c", 1, target="decode-0"))
-    assert [c.sequence.id for c in scheduler.plan().prefill] == ["a"]
+    assert [c.sequence.id for c in prompts(scheduler)] == ["a"]
     assert [s.id for s in scheduler.waiting] == ["b", "c"]  # c would fit, and does not overtake
     scheduler.finish(scheduler.prefilling[0])
-    assert [c.sequence.id for c in scheduler.plan().prefill] == ["b"]
+    assert [c.sequence.id for c in prompts(scheduler)] == ["b"]
 
 
 def test_refuses_what_can_never_fit_and_what_the_queue_cannot_hold(scheduler: Scheduler) -> None:
@@ -82,13 +89,13 @@ def test_prompts_of_its_own_and_remote_ones_share_max_sequences(scheduler: Sched
     assert scheduler.reserve(sequence("remote", 1))
     for name in "abc":
         scheduler.submit(sequence(name, 1))
-    assert [chunk.sequence.id for chunk in scheduler.plan().prefill] == ["a", "b"]
+    assert [chunk.sequence.id for chunk in prompts(scheduler)] == ["a", "b"]
     assert not scheduler.reserve(sequence("late", 1))
 
 
 def test_a_remote_prompt_needs_no_room_for_its_answer_here(scheduler: Scheduler) -> None:
     assert scheduler.submit(sequence("a", 8 * BLOCK_SIZE, max_tokens=1000, target="decode-0"))
-    assert scheduler.plan().prefill
+    assert prompts(scheduler)
 
 
 def test_finishing_twice_is_a_bug_that_is_named(scheduler: Scheduler) -> None:
@@ -100,6 +107,15 @@ def test_finishing_twice_is_a_bug_that_is_named(scheduler: Scheduler) -> None:
         scheduler.finish(one)
 
 
+def take_token(scheduler: Scheduler, chunk: Chunk) -> None:
+    one = chunk.sequence
+    one.tokens.append(0)
+    if one.target or one.num_generated >= one.params.max_tokens:
+        scheduler.finish(one)
+    elif not chunk.absorbed:
+        scheduler.start_decode(one)
+
+
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 40), st.booleans()), max_size=12))
 def test_no_block_is_ever_lost_or_shared(requests: list[tuple[int, int, bool]]) -> None:
     scheduler = Scheduler(BlockAllocator(10), max_sequences=4, max_batch_tokens=64, max_waiting=8)
@@ -108,20 +124,12 @@ def test_no_block_is_ever_lost_or_shared(requests: list[tuple[int, int, bool]]) 
     for _ in range(2000):
         plan = scheduler.plan()
         scheduler.check()
-        assert len(plan.decode) + sum(c.num for c in plan.prefill) <= 64
+        assert sum(chunk.num_rows for chunk in plan) <= 64
         if not plan:
             break
-        for decoding in plan.decode:
-            decoding.tokens.append(0)
-            decoding.num_computed += 1
-            if decoding.num_generated >= decoding.params.max_tokens:
-                scheduler.finish(decoding)
-        for chunk in plan.prefill:
-            chunk.sequence.num_computed += chunk.num
-            if chunk.is_last and chunk.sequence.target:
-                scheduler.finish(chunk.sequence)
-            elif chunk.is_last:
-                chunk.sequence.tokens.append(0)
-                scheduler.start_decode(chunk.sequence)
+        for chunk in plan:
+            scheduler.computed(chunk)
+            if chunk.is_last:
+                take_token(scheduler, chunk)
     assert not scheduler.all()
     assert scheduler.allocator.num_free == 10
