@@ -180,6 +180,7 @@ class ProcessCluster:
         transport: Transport = "auto",
         replicas: int = 2,
         claimed_replicas: int | None = None,
+        threads: int = 1,
         **limits: Any,
     ) -> None:
         self.config = ModelConfig.from_path(model_path)
@@ -191,8 +192,8 @@ class ProcessCluster:
         self.workers: dict[str, WorkerProcess] = {}
         for name, role in [*names, *[(name, "expert") for name in expert_names]]:
             settings = WorkerSettings(
-                "test", name, role, 1, "node", str(model_path), dtype, SECRET, str(run_dir), "127.0.0.1", transport, 1,
-                held.get(name), colocated, **limits,
+                "test", name, role, 1, "node", str(model_path), dtype, SECRET, str(run_dir), "127.0.0.1", transport,
+                threads, held.get(name), colocated, **limits,
             )  # fmt: skip
             self.workers[name] = WorkerProcess(settings)
         for worker in self.workers.values():
