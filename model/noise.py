@@ -15,16 +15,29 @@ STREAM = 0x62726169645F7631  # keeps token noise apart from any other use of the
 _MASK = 2**64 - 1
 
 
-def uniform(seed: int, position: int, vocab_size: int) -> npt.NDArray[np.float64]:
-    """[vocab_size] numbers of 53 bits, strictly inside (0, 1), so that their logarithms are finite."""
+Bits = npt.NDArray[np.uint64]
+
+
+def random_bits(seed: int, position: int, vocab_size: int) -> Bits:
+    """[vocab_size] random words; token t's noise is a rising function of word t."""
     # spelled as uint64 arrays: numpy turns a list that mixes small and large integers into floats, and rounds them
     key = np.array([seed & _MASK, STREAM], dtype=np.uint64)
     counter = np.array([0, position, 0, 0], dtype=np.uint64)
-    bits = np.random.Philox(key=key, counter=counter).random_raw(vocab_size)
+    bits: Bits = np.random.Philox(key=key, counter=counter).random_raw(vocab_size)
+    return bits
+
+
+def uniform(seed: int, position: int, vocab_size: int) -> npt.NDArray[np.float64]:
+    """[vocab_size] numbers in (0, 1)."""
+    return _uniform_of(random_bits(seed, position, vocab_size))
+
+
+def _uniform_of(bits: Bits) -> npt.NDArray[np.float64]:
+    """Numbers of 53 bits, strictly inside (0, 1), so that their logarithms are finite."""
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def gumbel(seed: int, position: int, token_ids: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.float64]:
-    """Standard Gumbel noise of the given tokens: adding it to log-probabilities and taking the argmax samples them."""
-    noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform(seed, position, vocab_size)[token_ids]))
+def gumbel_of(bits: Bits) -> npt.NDArray[np.float64]:
+    """Standard Gumbel noise: adding it to log-probabilities and taking the argmax samples them."""
+    noise: npt.NDArray[np.float64] = -np.log(-np.log(_uniform_of(bits)))
     return noise

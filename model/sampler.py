@@ -6,6 +6,7 @@ Filters apply in vLLM's order: temperature, min_p, top_k, top_p. Ties rank the l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .noise import gumbel
+from .noise import gumbel_of, random_bits
 from .sampling_params import MAX_LOGPROBS, SamplingParams
 
-__all__ = ["MAX_LOGPROBS", "NothingToSample", "SampledToken", "SamplingParams", "prompt_logprobs", "sample"]
+__all__ = ["MAX_LOGPROBS", "NothingToSample", "SampledToken", "Sampler", "SamplingParams", "prompt_logprobs", "sample"]
 
+Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float64]
+SLACK = 1e-6  # far above a rounding error of scores and noise
 
 
 class NothingToSample(FloatingPointError):
@@ -40,25 +43,58 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Sampler:
+    """The tokens that the rows of one pass give: the greedy choice of all rows at once, the rest as it is asked for."""
+
+    def __init__(self, logits: Tensor) -> None:
+        """logits: [R, vocab] fp32."""
+        self._logits = logits
+        self._raw: Logits = logits.cpu().numpy()
+        # the first of equal maxima; NaN wins, so poisoned logits show here
+        greedy = self._raw.argmax(axis=-1)
+        self._greedy: list[int] = greedy.tolist()
+        self._best: list[float] = self._raw[np.arange(len(greedy)), greedy].tolist()
+
+    def token(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> SampledToken:
+        """`position` is the absolute one that the new token takes; `banned` tokens must not be sampled (end tokens
+        before min_tokens). Raises NothingToSample."""
+        raw, best, token_id = self._raw[row], self._best[row], self._greedy[row]
+        if banned:
+            raw = raw.copy()
+            # an end token may be one that this vocabulary does not have
+            raw[[token for token in banned if token < len(raw)]] = -np.inf
+            token_id = int(raw.argmax())
+            best = float(raw[token_id])
+        if not math.isfinite(best):
+            raise NothingToSample([row], [position])
+        if params.temperature > 0:
+            token_id = _sample_row(raw, token_id, params, position)
+        if params.logprobs is None:
+            return SampledToken(token_id)
+        return _with_logprobs(self._logits[row], token_id, params.logprobs)
+
+    def is_finite(self, row: int) -> bool:
+        """Whether a row that gives nothing has good logits after all: then everything in it is banned."""
+        return math.isfinite(self._best[row])
+
+
 def sample(
     logits: Tensor,
     params: Sequence[SamplingParams],
     positions: Sequence[int],
     banned: Sequence[Sequence[int]] | None = None,
 ) -> list[SampledToken]:
-    """logits: [R, vocab] fp32. `positions` are the absolute positions the new tokens will take in their sequences;
-    `banned[row]` lists tokens that must not be sampled (end tokens before min_tokens). Raises NothingToSample."""
+    """One token of every row, by `Sampler`'s rules. Raises NothingToSample with all the rows that give none."""
     assert logits.shape[0] == len(params) == len(positions), (logits.shape, len(params), len(positions))
-    allowed = _without_banned(logits, banned)
-    best, token_ids = allowed.max(dim=-1)  # the first of equal maxima; NaN wins, so poisoned logits show here
-    _check_finite(best, positions)
-    chosen: list[int] = token_ids.tolist()
-    if all(p.temperature == 0 and p.logprobs is None for p in params):
-        return [SampledToken(token_id) for token_id in chosen]
-    for row, p in enumerate(params):
-        if p.temperature > 0:
-            chosen[row] = _sample_row(allowed[row], p, positions[row])
-    return [_with_logprobs(logits[row], chosen[row], p.logprobs) for row, p in enumerate(params)]
+    sampler, tokens, bad = Sampler(logits), [], []
+    for row, (p, position) in enumerate(zip(params, positions, strict=True)):
+        try:
+            tokens.append(sampler.token(row, p, position, banned[row] if banned else ()))
+        except NothingToSample:
+            bad.append(row)
+    if bad:
+        raise NothingToSample(bad, [positions[row] for row in bad])
+    return tokens
 
 
 def prompt_logprobs(logits: Tensor, targets: Tensor, top: int) -> list[SampledToken]:
@@ -68,30 +104,24 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, top: int) -> list[SampledTo
     return [_with_logprobs(row, int(target), top) for row, target in zip(logits, targets.tolist(), strict=True)]
 
 
-def _without_banned(logits: Tensor, banned: Sequence[Sequence[int]] | None) -> Tensor:
-    if banned is None or not any(banned):
-        return logits
-    allowed = logits.clone()
-    for row, token_ids in enumerate(banned):
-        # an end token may be one that this vocabulary does not have
-        allowed[row, [token for token in token_ids if token < logits.shape[1]]] = -torch.inf
-    return allowed
-
-
 def _check_finite(best: Tensor, positions: Sequence[int]) -> None:
     bad: list[int] = torch.isfinite(best).logical_not().nonzero().flatten().tolist()
     if bad:
         raise NothingToSample(bad, [positions[row] for row in bad])
 
 
-def _sample_row(logits: Tensor, params: SamplingParams, position: int) -> int:
+def _sample_row(logits: Logits, best: int, params: SamplingParams, position: int) -> int:
     """Gumbel-max in float64: argmax(score + noise) has the softmax distribution of the scores that are left."""
-    raw = logits.double().cpu().numpy()
+    raw = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # under a tiny temperature all but the best go to -inf, the right limit
-        scores = (raw - raw.max()) / params.temperature
-    kept = _filter(scores, params)
-    noise = gumbel(params.seed, position, kept, len(scores))
-    return int(kept[np.argmax(scores[kept] + noise)])
+        scores = (raw - raw[best]) / params.temperature
+    bits = random_bits(params.seed, position, len(scores))
+    if params.min_p > 0 or params.top_k > 0 or params.top_p < 1:
+        kept = _filter(scores, params)
+    else:  # only these can win: all others lose to the best token even with the largest noise there is
+        own, largest = gumbel_of(np.array([bits[best], bits.max()]))
+        kept = np.flatnonzero(scores >= own - largest - SLACK)
+    return int(kept[np.argmax(scores[kept] + gumbel_of(bits[kept]))])
 
 
 def _filter(scores: Scores, params: SamplingParams) -> Ids:
@@ -130,10 +160,8 @@ def _nucleus(scores: Scores, kept: Ids, top_p: float) -> Ids:
         count *= 8
 
 
-def _with_logprobs(logits: Tensor, token_id: int, num_top: int | None) -> SampledToken:
+def _with_logprobs(logits: Tensor, token_id: int, num_top: int) -> SampledToken:
     """logits: [vocab]. One row at a time, so that the bits do not depend on the batch."""
-    if num_top is None:
-        return SampledToken(token_id)
     row = torch.log_softmax(logits.float(), dim=-1)
     logprob = float(row[token_id])
     if num_top == 0:

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from braid.model.noise import STREAM, gumbel, uniform
+from braid.model.noise import STREAM, gumbel_of, random_bits, uniform
 
 MASK = 2**64 - 1
 
@@ -40,9 +40,12 @@ def test_token_t_takes_lane_t_mod_4_of_block_t_div_4(seed: int, position: int) -
 
 def test_noise_of_a_token_does_not_depend_on_the_vocabulary_or_on_the_tokens_asked_for() -> None:
     assert np.array_equal(uniform(3, 4, 1000)[:10], uniform(3, 4, 10))
-    everything = gumbel(3, 4, np.arange(100), 100)
-    assert np.array_equal(gumbel(3, 4, np.array([7, 93]), 100), everything[[7, 93]])
+    bits = random_bits(3, 4, 100)
+    everything = gumbel_of(bits)
+    assert np.array_equal(gumbel_of(bits[[7, 93]]), everything[[7, 93]])
+    assert np.array_equal(everything, -np.log(-np.log(uniform(3, 4, 100))))
     assert np.isfinite(everything).all()
+    assert np.array_equal(np.argsort(bits), np.argsort(everything)), "the noise rises with its word"
 
 
 def test_uniform_over_tokens_positions_and_seeds() -> None:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from braid.model.noise import gumbel_of, random_bits
 from braid.model.sampler import SampledToken, SamplingParams, prompt_logprobs, sample
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -82,6 +83,18 @@ def test_a_row_is_bitwise_the_same_in_any_batch() -> None:
     alone = [sample(logits[i : i + 1], [params[i]], [100 + i])[0] for i in range(33)]
     backwards = sample(logits.flip(0), params[::-1], range(132, 99, -1))[::-1]
     assert together == alone == backwards
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 20.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 4.0])
+def test_looking_only_at_tokens_that_can_win_changes_no_winner(spread: float, temperature: float) -> None:
+    logits = torch.randn(200, 3_000, generator=torch.Generator().manual_seed(2)) * spread
+    logits[:, 17] = -torch.inf
+    params = SamplingParams(1, temperature=temperature, seed=5)
+    for row, token in enumerate(sample(logits, [params] * 200, range(200))):
+        raw = logits[row].double().numpy()
+        scores = (raw - raw.max()) / temperature
+        assert token.token_id == int(np.argmax(scores + gumbel_of(random_bits(5, row, 3_000))))
 
 
 def test_greedy_takes_the_lowest_of_equal_maxima_and_ignores_filters() -> None:
