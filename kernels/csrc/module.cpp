@@ -1,6 +1,8 @@
 // The module `braid.kernels._native`: the kernels' functions, and what this CPU can run of them.
 #include "arguments.hpp"
 
+extern const PyMethodDef expert_methods[];
+extern const PyMethodDef linear_methods[];
 extern const PyMethodDef pool_methods[];
 
 namespace {
@@ -20,7 +22,7 @@ const PyMethodDef feature_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-const PyMethodDef* const ALL[] = {feature_methods, pool_methods};
+const PyMethodDef* const ALL[] = {feature_methods, expert_methods, linear_methods, pool_methods};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
