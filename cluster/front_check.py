@@ -13,7 +13,7 @@ TIMEOUT_S = 5.0
 
 
 def check_http(settings: ControllerSettings) -> dict[str, Any]:
-    """Ready once /health answers 200 through Serve's proxy."""
+    """Ready once /health answers 200."""
     if not settings.with_http:
         return {"ready": True, "reason": "deployed by the platform"}
     spec = settings.spec.front_end

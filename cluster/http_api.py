@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -31,7 +31,7 @@ TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
 def build_app(
     front: Callable[[], Front],
     info: ModelInfo,
-    metrics: Callable[[], bytes],
+    metrics: Callable[[], Awaitable[bytes]],
     api_keys: frozenset[str] = frozenset(),
     max_body_bytes: int = 8 * 2**20,
 ) -> FastAPI:
@@ -52,7 +52,9 @@ def build_app(
     return app
 
 
-def _add_status_routes(app: FastAPI, front: Callable[[], Front], info: ModelInfo, metrics: Callable[[], bytes]) -> None:
+def _add_status_routes(
+    app: FastAPI, front: Callable[[], Front], info: ModelInfo, metrics: Callable[[], Awaitable[bytes]]
+) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
         return _json({"object": "list", "data": [model_card(info)]})
@@ -72,7 +74,7 @@ def _add_status_routes(app: FastAPI, front: Callable[[], Front], info: ModelInfo
 
     @app.get("/metrics")
     async def exposition() -> Response:
-        return Response(metrics(), headers={"content-type": CONTENT_TYPE})
+        return Response(await metrics(), headers={"content-type": CONTENT_TYPE})
 
 
 def model_card(info: ModelInfo) -> dict[str, Any]:

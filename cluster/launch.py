@@ -28,7 +28,7 @@ CONTROLLER = "controller"
 GRPC_FRONT = "grpc-front"
 LOOPBACK = "127.0.0.1"
 LOCAL_PATIENCE_S = 10.0
-ON_HEAD = {"node:__internal_head__": 0.001}  # beside Serve's proxy: one host answers HTTP, gRPC and `status`
+ON_HEAD = {"node:__internal_head__": 0.001}  # one host answers HTTP, gRPC and `status`
 
 
 def start_controller(settings: ControllerSettings) -> Any:

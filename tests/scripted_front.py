@@ -127,7 +127,11 @@ class _Server(uvicorn.Server):
 @contextmanager
 def served(front: ScriptedFront, info: ModelInfo, **options: Any) -> Iterator[int]:
     """A real server on a loopback port of its own choosing, in a thread; yields the port."""
-    app = build_app(lambda: front, info, lambda: b"braid_up 1.0\n", **options)
+
+    async def metrics() -> bytes:
+        return b"braid_up 1.0\n"
+
+    app = build_app(lambda: front, info, metrics, **options)
     server = _Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
