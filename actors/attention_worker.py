@@ -19,6 +19,7 @@ from ..model.config import ModelConfig
 from ..model.deepseek import DeepSeekModel
 from ..model.experts import LocalExperts
 from ..model.kv_cache import BLOCK_SIZE, BlockAllocator, LatentCache, blocks_for
+from ..model.ops import Ops, ops_for
 from ..model.self_test import self_test
 from ..model.weights import load_attention, load_experts
 from .dispatch import RemoteExperts
@@ -71,13 +72,14 @@ class AttentionWorker:
 
         Raises CheckpointError, ValueError (memory, settings) and SelfTestError.
         """
-        torch.set_num_threads(self.settings.num_threads)
         self.config = config = ModelConfig.from_path(self.settings.model_path)
         dtype = resolve_dtype(self.settings.dtype, config)
+        self._ops = ops = ops_for(dtype)
+        ops.set_threads(self.settings.num_threads)
         with torch.inference_mode():
-            self._load(config, dtype)
+            self._load(config, dtype, ops)
             self.loading.phase = "self-test"
-            self_test(config, dtype)
+            self_test(config, dtype, ops)
         self.endpoint = Endpoint(self.settings)
         self._tracer = setup_tracer(f"braid-{self.settings.role}", f"{self.settings.cluster}/{self.settings.name}")
         self.experts: RemoteExperts | ColocatedExperts
@@ -166,15 +168,15 @@ class AttentionWorker:
             **balance,
         }
 
-    def _load(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def _load(self, config: ModelConfig, dtype: torch.dtype, ops: Ops) -> None:
         every = tuple(range(config.n_routed_experts or 0))
         memory_checked(config, dtype, "attention", every if self.settings.colocated else ())
         checkpoint = Checkpoint(self.settings.model_path)
-        self._weights = load_attention(checkpoint, config, dtype, self.loading.progress, is_packed=True)
+        self._weights = load_attention(checkpoint, config, dtype, self.loading.progress, ops=ops)
         self._local = None
         if self.settings.colocated or not every:
             layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
-            self._local = load_experts(checkpoint, config, layers, every, dtype, self.loading.progress, is_packed=True)
+            self._local = load_experts(checkpoint, config, layers, every, dtype, self.loading.progress, ops=ops)
 
     def _num_blocks(self, config: ModelConfig, dtype: torch.dtype) -> int:
         longest = min(self.settings.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
@@ -190,7 +192,7 @@ class AttentionWorker:
     def _serve(self) -> None:
         assert self.endpoint is not None
         endpoint, engine, requests = self.endpoint, self.engine, self.requests
-        torch.set_num_threads(self.settings.num_threads)  # OpenMP counts per calling thread
+        self._ops.set_threads(self.settings.num_threads)
         failed_steps, load_due, busy = 0, 0.0, False
         with torch.inference_mode():
             while not endpoint.stopping:

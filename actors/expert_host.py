@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.reference import grouped_mlp
 from ..model.network_weights import ExpertWeights
 
 
@@ -57,11 +56,11 @@ class ExpertHost:
         held = self._weights[layer]
         if len(parts) == 1:
             part, local = parts[0]
-            return [grouped_mlp(part.x, part.row_of_pair, local, held.w13, held.w2)]
+            return [held.ops.grouped_mlp(part.x, part.row_of_pair, local, held.w13, held.w2)]
         offsets = [0]
         for part, _ in parts:
             offsets.append(offsets[-1] + len(part.x))
         x = torch.cat([part.x for part, _ in parts])
         row_of_pair = torch.cat([part.row_of_pair + offset for (part, _), offset in zip(parts, offsets, strict=False)])
-        rows = grouped_mlp(x, row_of_pair, torch.cat([local for _, local in parts]), held.w13, held.w2)
+        rows = held.ops.grouped_mlp(x, row_of_pair, torch.cat([local for _, local in parts]), held.w13, held.w2)
         return list(torch.split(rows, [len(local) for _, local in parts]))

@@ -18,6 +18,7 @@ import torch
 
 from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
+from ..model.ops import ops_for
 from ..model.self_test import self_test
 from ..model.weights import load_experts
 from .endpoint import Endpoint
@@ -62,18 +63,19 @@ class ExpertWorker:
 
         Raises CheckpointError, ValueError (memory) and SelfTestError.
         """
-        torch.set_num_threads(self.settings.num_threads)
         self.config = config = ModelConfig.from_path(self.settings.model_path)
         assert config.n_routed_experts, f"{self.settings.model_path} has no routed experts: no expert worker is needed"
         experts = self.settings.expert_ids or tuple(range(config.n_routed_experts))
         self.dtype = dtype = resolve_dtype(self.settings.dtype, config)
+        self._ops = ops = ops_for(dtype)
+        ops.set_threads(self.settings.num_threads)
         memory_checked(config, dtype, "expert", experts)
         checkpoint = Checkpoint(self.settings.model_path)
         with torch.inference_mode():
             layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
-            weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress, is_packed=True)
+            weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress, ops=ops)
         self.loading.phase = "self-test"
-        self_test(config, dtype, "experts")
+        self_test(config, dtype, ops, "experts")
         self.host = ExpertHost(weights, config.n_routed_experts)
         self.endpoint = Endpoint(self.settings)
         self.endpoint.start(self._serve)
@@ -101,7 +103,7 @@ class ExpertWorker:
     def _serve(self) -> None:
         assert self.endpoint is not None
         endpoint = self.endpoint
-        torch.set_num_threads(self.settings.num_threads)  # OpenMP counts per calling thread
+        self._ops.set_threads(self.settings.num_threads)
         with torch.inference_mode():
             while not endpoint.stopping:
                 jobs = self._jobs(endpoint.poll(1.0))

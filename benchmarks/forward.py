@@ -27,6 +27,7 @@ from braid.model.config import ModelConfig
 from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.experts import LocalExperts
 from braid.model.kv_cache import BLOCK_SIZE, LatentCache, blocks_for
+from braid.model.ops import ops_for
 from braid.model.weights import load_attention, load_experts
 
 CONTEXT = 160
@@ -65,8 +66,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     dtype: torch.dtype = getattr(torch, args.dtype)
+    torch.set_num_threads(args.threads)
+    ops_for(dtype).set_threads(args.threads)
     config = ModelConfig.from_path(args.model)
     machine = measure_machine(dtype, args.threads)
     model = load(
@@ -83,13 +85,13 @@ def main() -> None:
 
 
 def load(path: Path, config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> DeepSeekModel:
-    checkpoint = Checkpoint(path)
+    checkpoint, ops = Checkpoint(path), ops_for(dtype)
     every = range(config.n_routed_experts or 0)
-    experts = load_experts(checkpoint, config, range(config.num_hidden_layers), every, dtype, is_packed=True)
+    experts = load_experts(checkpoint, config, range(config.num_hidden_layers), every, dtype, ops=ops)
     cache = LatentCache(config, blocks_for(num_tokens), dtype)
     for layer in cache.layers:
         layer.normal_(generator=torch.Generator().manual_seed(0))
-    weights = load_attention(checkpoint, config, dtype, is_packed=True)
+    weights = load_attention(checkpoint, config, dtype, ops=ops)
     return DeepSeekModel(config, weights, cache, LocalExperts(experts))
 
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.reference import grouped_mlp
 from .network_weights import ExpertWeights
 
 
@@ -36,7 +35,7 @@ class LocalExperts:
         stack = self._weights[layer]
         row_of_pair = torch.arange(num_tokens).repeat_interleave(top_k)
         expert_of_pair = self._local_index[layer][topk_idx.reshape(-1)]
-        rows = grouped_mlp(x, row_of_pair, expert_of_pair, stack.w13, stack.w2)
+        rows = stack.ops.grouped_mlp(x, row_of_pair, expert_of_pair, stack.w13, stack.w2)
         return rows.view(num_tokens, top_k, -1)
 
     def collect(self, handle: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ def bytes_for_role(config: ModelConfig, dtype: torch.dtype, role: WorkerRole, ex
         shapes |= expert_tensors(config, layer, expert_ids)
     # The gate decides in fp32 whatever the rest is in.
     gates = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp.gate." in name)
-    return (count(shapes) - gates) * dtype.itemsize + gates * torch.float32.itemsize
+    # Each form of attention has kv_b_proj in a layout of its own.
+    twice = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("kv_b_proj.weight"))
+    return (count(shapes) - gates + twice) * dtype.itemsize + gates * torch.float32.itemsize
 
 
 def check_memory(needed: int, available: int) -> None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.attention import DecodePlan, PrefillPlan, mla_decode, mla_prefill, plan_decode, plan_prefill
-from ..kernels.reference import apply_rope, batched_matmul, linear, rms_norm
 from .config import ModelConfig
-from .kv_cache import BLOCK_SIZE, LatentCache
+from .kv_cache import BLOCK_SIZE
 from .network_weights import LayerWeights
+from .ops import Ops
+from .step_buffers import StepBuffers, StepRows
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's own code leaves the two latent norms at this default, whatever rms_norm_eps says
 
@@ -32,93 +35,129 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive rows of one form: those of one prompt segment, or of any number of absorbed ones."""
+
+    rows: slice
+    absorbed: bool
+    plan: Any  # what the family's kernel takes
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """What attention must know of a batch; made once, used by every layer."""
 
     positions: Tensor  # int64 [N]
     slots: Tensor  # int64 [N], where each row's latent goes
-    prefill: tuple[tuple[slice, PrefillPlan], ...]
-    absorbed_rows: Tensor  # int64
-    decode: DecodePlan | None
+    runs: tuple[Run, ...]
 
 
-def plan_attention(segments: Sequence[Segment], latent_dim: int) -> AttentionPlan:
-    positions: list[int] = []
-    slots: list[int] = []
-    prefill: list[tuple[slice, PrefillPlan]] = []
-    absorbed_rows: list[int] = []
-    absorbed_tables: list[list[int]] = []
-    for segment in segments:
-        first_row = len(positions)
-        covered = range(segment.start, segment.start + segment.num)
-        positions += covered
-        slots += [segment.block_table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in covered]
-        if segment.absorbed:
-            absorbed_rows += range(first_row, len(positions))
-            absorbed_tables += [segment.block_table] * segment.num
-        elif segment.num:
-            plan = plan_prefill(segment.start, segment.num, segment.block_table, BLOCK_SIZE)
-            prefill.append((slice(first_row, len(positions)), plan))
-    seen = [positions[row] for row in absorbed_rows]
-    return AttentionPlan(
-        positions=torch.tensor(positions, dtype=torch.int64),
-        slots=torch.tensor(slots, dtype=torch.int64),
-        prefill=tuple(prefill),
-        absorbed_rows=torch.tensor(absorbed_rows, dtype=torch.int64),
-        decode=plan_decode(seen, absorbed_tables, BLOCK_SIZE, latent_dim) if seen else None,
-    )
+def plan_attention(segments: Sequence[Segment], latent_dim: int, ops: Ops) -> AttentionPlan:
+    kept = [segment for segment in segments if segment.num]
+    positions, slots = _places(kept)
+    runs: list[Run] = []
+    first = 0
+    for absorbed, group in groupby(kept, key=lambda segment: segment.absorbed):
+        for members in [list(group)] if absorbed else [[segment] for segment in group]:
+            rows = slice(first, first + sum(segment.num for segment in members))
+            first = rows.stop
+            if absorbed:
+                tables = torch.from_numpy(_tables(members).repeat([s.num for s in members], axis=0))
+                runs.append(Run(rows, True, ops.plan_decode(positions[rows], tables, latent_dim)))
+            else:
+                (segment,) = members
+                table = torch.from_numpy(_tables(members)[0])
+                runs.append(Run(rows, False, ops.plan_prefill(segment.start, segment.num, table)))
+    return AttentionPlan(positions, slots, tuple(runs))
+
+
+def _places(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    """Positions and slots, int64 [N] each."""
+    if not segments:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    nums = np.array([segment.num for segment in segments])
+    starts = np.array([segment.start for segment in segments])
+    segment_of_row = np.arange(len(segments)).repeat(nums)
+    positions = np.arange(len(segment_of_row)) + (starts - nums.cumsum() + nums)[segment_of_row]
+    blocks = _tables(segments)[segment_of_row, positions // BLOCK_SIZE]
+    return torch.from_numpy(positions), torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE)
+
+
+def _tables(segments: Sequence[Segment]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """[segments, width]; what a table has less than the widest is block 0, which nobody reads."""
+    widths = [-(-(segment.start + segment.num) // BLOCK_SIZE) for segment in segments]
+    tables = np.zeros((len(segments), max(widths)), dtype=np.int64)
+    for row, (segment, width) in enumerate(zip(segments, widths, strict=True)):
+        end = segment.start + segment.num
+        assert len(segment.block_table) >= width, f"{len(segment.block_table)} blocks do not reach position {end - 1}"
+        tables[row, :width] = segment.block_table[:width]
+    return tables
 
 
 class LatentAttention:
-    def __init__(self, config: ModelConfig, weights: LayerWeights) -> None:
+    def __init__(self, config: ModelConfig, weights: LayerWeights, ops: Ops) -> None:
         self._config = config
         self._weights = weights
-        heads = config.num_attention_heads
-        kv_b = weights.kv_b_proj.view(heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank)
-        # Copies: a bf16 product copies a strided operand each time, which was a quarter of a small decode step.
-        self._w_uk = kv_b[:, : config.qk_nope_head_dim].contiguous()  # [heads, d_nope, kv_lora]
-        self._w_uv = kv_b[:, config.qk_nope_head_dim :].transpose(1, 2).contiguous()  # [heads, kv_lora, d_v]
+        self._ops = ops
 
-    def write_latents(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LatentCache, layer: int) -> None:
-        """x: [N, H] normed hidden rows; puts their latents into the cache."""
+    def write_latents(
+        self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache_layer: Tensor, rows: StepRows
+    ) -> None:
+        """x: [N, H] normed hidden rows; puts their latents into the cache, and their low-rank queries into `rows`."""
         config, weights = self._config, self._weights
-        latent = linear(x, weights.kv_a_proj_with_mqa, weights.kv_a_proj_bias)
-        kv, k_rope = latent[:, : config.kv_lora_rank], latent[:, config.kv_lora_rank :]
-        kv = rms_norm(kv, weights.kv_a_layernorm, LATENT_NORM_EPS)
-        k_rope = apply_rope(k_rope, cos, sin, config.rope_interleave)
-        cache.write(layer, slots, torch.cat((kv, k_rope), dim=-1))
+        self._ops.linear(x, weights.qkv_a_proj, weights.qkv_a_bias, out=rows.qkv_a)
+        norm, interleaved = weights.kv_a_layernorm, config.rope_interleave
+        self._ops.write_latents(rows.latent, norm, LATENT_NORM_EPS, cos, sin, slots, cache_layer, interleaved)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache_layer: Tensor) -> Tensor:
-        """x: [N, H] normed hidden rows whose latents are in the cache -> [N, H]."""
-        config, weights = self._config, self._weights
-        q_nope, q_rope = self._queries(x, cos, sin)
-        out = x.new_empty(x.shape[0], config.num_attention_heads, config.v_head_dim)
-        for rows, prefill in plan.prefill:
-            q = torch.cat((q_nope[rows], q_rope[rows]), dim=-1)
-            out[rows] = mla_prefill(q, cache_layer, weights.kv_b_proj, prefill, config.softmax_scale, config.v_head_dim)
-        if plan.decode is not None:
-            rows_absorbed = plan.absorbed_rows
-            out[rows_absorbed] = self._absorbed(q_nope[rows_absorbed], q_rope[rows_absorbed], plan.decode, cache_layer)
-        return linear(out.flatten(1), weights.o_proj, weights.o_proj_bias)
+    def attend(
+        self, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache_layer: Tensor, rows: StepRows, buffers: StepBuffers
+    ) -> Tensor:
+        """Follows write_latents of the same rows -> [N, H]."""
+        self._make_queries(rows)
+        num_rows = rows.x.shape[0]
+        for run in plan.runs:
+            at = run.rows
+            if at.stop - at.start < num_rows:  # a mixed batch: views of the run's rows
+                cos_sin, nope, rope = (cos[at], sin[at]), rows.q_nope[at], rows.q_rope[at]
+                q, values = rows.q[at], rows.values[at]
+            else:
+                cos_sin, nope, rope, q, values = (cos, sin), rows.q_nope, rows.q_rope, rows.q, rows.values
+            if run.absorbed:
+                self._absorbed(nope, rope, *cos_sin, run.plan, cache_layer, buffers, values)
+            else:
+                self._prefill(q, rope, *cos_sin, run.plan, cache_layer, values)
+        return self._ops.linear(rows.values_flat, self._weights.o_proj, self._weights.o_proj_bias, out=rows.delta)
 
-    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, heads, d_nope] and roped [N, heads, d_rope]."""
-        config, weights = self._config, self._weights
-        if weights.q_proj is not None:
-            q = linear(x, weights.q_proj)
-        else:
-            assert weights.q_a_proj is not None, "neither q_proj nor q_a_proj"
-            assert weights.q_a_layernorm is not None, "q_a_proj without its norm"
-            assert weights.q_b_proj is not None, "q_a_proj without q_b_proj"
-            q = linear(x, weights.q_a_proj, weights.q_a_proj_bias)
-            q = linear(rms_norm(q, weights.q_a_layernorm, LATENT_NORM_EPS), weights.q_b_proj)
-        q = q.view(x.shape[0], config.num_attention_heads, config.qk_head_dim)
-        q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
-        return q_nope, apply_rope(q_rope, cos[:, None], sin[:, None], config.rope_interleave)
+    def _make_queries(self, rows: StepRows) -> None:
+        weights = self._weights
+        if weights.q_b_proj is not None:
+            assert weights.q_a_layernorm is not None, "q_b_proj without q_a_layernorm"
+            low = self._ops.rms_norm(rows.q_a, weights.q_a_layernorm, LATENT_NORM_EPS, out=rows.q_a_normed)
+            self._ops.linear(low, weights.q_b_proj, out=rows.q_flat)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, plan: DecodePlan, cache_layer: Tensor) -> Tensor:
+    def _prefill(
+        self, q: Tensor, q_rope: Tensor, cos: Tensor, sin: Tensor, plan: Any, cache_layer: Tensor, out: Tensor
+    ) -> None:
+        config = self._config
+        self._ops.rope(q_rope, cos, sin, config.rope_interleave, out=q_rope)
+        scale = config.softmax_scale
+        self._ops.mla_prefill(q, cache_layer, self._weights.kv_b_proj, plan, scale, config.v_head_dim, out=out)
+
+    def _absorbed(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: Any,
+        cache_layer: Tensor,
+        buffers: StepBuffers,
+        out: Tensor,
+    ) -> None:
         """The key up-projection is applied to the query, the value up-projection to the attended latent."""
-        q_latent = batched_matmul(q_nope.transpose(0, 1), self._w_uk).transpose(0, 1)
-        q = torch.cat((q_latent, q_rope), dim=-1)
-        latent = mla_decode(q, cache_layer, plan, self._config.softmax_scale, self._config.kv_lora_rank)
-        return batched_matmul(latent.transpose(0, 1), self._w_uv).transpose(0, 1)
+        config, weights, ops = self._config, self._weights, self._ops
+        rows = buffers.absorbed(q_nope.shape[0])
+        ops.head_linear(q_nope, weights.w_uk, out=rows.q_latent)
+        ops.rope(q_rope, cos, sin, config.rope_interleave, out=rows.q_rope)
+        ops.mla_decode(rows.q, cache_layer, plan, config.softmax_scale, config.kv_lora_rank, out=rows.attended)
+        ops.head_linear(rows.attended, weights.w_uv, out=out)

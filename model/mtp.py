@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.reference import linear, rms_norm
 from .config import ModelConfig
-from .deepseek import DecoderLayer
+from .deepseek import DecoderLayer, MicroBatch
 from .experts import ExpertBackend
 from .kv_cache import LatentCache
 from .mla import Segment, plan_attention
 from .network_weights import MtpWeights
 from .rope import RopeTable
+from .step_buffers import StepBuffers
 
 
 def mtp_cache(config: ModelConfig, num_blocks: int, dtype: torch.dtype) -> LatentCache:
@@ -43,17 +43,22 @@ class MtpModule:
         self.cache = cache
         self._weights = weights
         self._rope = rope
-        self._layer = DecoderLayer(config, weights.layer, config.num_hidden_layers + depth, experts)
+        self._ops = weights.ops
+        self._buffers = StepBuffers(config, cache.dtype)
+        self._layer = DecoderLayer(config, weights.layer, config.num_hidden_layers + depth, experts, weights.ops)
 
     @torch.inference_mode()
     def draft(self, hidden: Tensor, next_ids: Tensor, segments: Sequence[Segment], logit_rows: Tensor) -> Tensor:
         """hidden: [N, H] of the segments' positions, next_ids: int64 [N], the token after each -> fp32 [R, vocab]."""
-        plan = plan_attention(segments, self.config.latent_dim)
+        plan = plan_attention(segments, self.config.latent_dim, self._ops)
         assert len(plan.positions) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
-        eps = self.config.rms_norm_eps
-        embedded = rms_norm(self._weights.embed_tokens[next_ids], self._weights.enorm, eps)
-        x = torch.cat((embedded, rms_norm(hidden, self._weights.hnorm, eps)), dim=-1)
-        x = linear(x, self._weights.eh_proj)
-        x = self._layer.forward(x, *self._rope(plan.positions), plan, self.cache, 0)
-        x = rms_norm(x[logit_rows], self._weights.shared_head_norm, eps)
-        return linear(x, self._weights.shared_head).float()
+        ops, weights, eps = self._ops, self._weights, self.config.rms_norm_eps
+        rows = self._buffers.rows(len(hidden))
+        embedded = ops.rms_norm(weights.embed_tokens[next_ids], weights.enorm, eps)
+        pair = torch.cat((embedded, ops.rms_norm(hidden, weights.hnorm, eps)), dim=-1)
+        ops.linear(pair, weights.eh_proj, out=rows.x)
+        part = MicroBatch(self._buffers, rows, plan, *self._rope(plan.positions))
+        self._layer.begin(part, self.cache, 0)
+        self._layer.finish(part)
+        wanted = part.norm(ops, weights.shared_head_norm, eps, rows.normed)[logit_rows]
+        return ops.wide_linear(wanted, weights.shared_head)

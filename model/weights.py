@@ -7,20 +7,14 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from ..kernels.reference import packed
 from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .network_weights import AttentionWeights, ExpertWeights, build_attention_weights
+from .network_weights import PLAIN, AttentionWeights, ExpertWeights, build_attention_weights
+from .ops import Ops
 from .tensor_names import Role, expected_tensors
 
 Progress = Callable[[int, int], None]  # bytes of weights in place, bytes to load
 Part = tuple[str, Tensor]  # a tensor's name and the slice of a stack that it fills
-
-# Matrices that nothing but `linear` reads, and that may hence be packed; kv_b_proj is also cut into its heads.
-ONLY_MULTIPLIED = (
-    *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
-    *("gate_proj", "up_proj", "down_proj", "lm_head", "eh_proj", "shared_head.head"),
-)
 
 
 def load_attention(
@@ -29,11 +23,11 @@ def load_attention(
     dtype: torch.dtype,
     progress: Progress | None = None,
     has_mtp: bool = False,
-    is_packed: bool = False,
+    ops: Ops = PLAIN,
 ) -> AttentionWeights:
-    """Everything but the routed experts; MTP modules, less their experts, where asked for and present.
+    """Everything but the routed experts, packed for `ops`; MTP modules, less their experts, if asked for and present.
 
-    `is_packed`: matrices in the layout that `linear` reads fastest, here and below; an engine wants it so.
+    Each matrix is packed as soon as it is read, so that not more than one is held twice.
     """
     roles: tuple[Role, ...] = ("attention", "mtp") if has_mtp else ("attention",)
     checkpoint.check(config, roles)
@@ -51,10 +45,9 @@ def load_attention(
             part = checkpoint.read_into(spec.name, out[start : start + spec.shape[0]])
             start += spec.shape[0]
             meter.add(part.numel())
-        is_only_multiplied = names[0].removesuffix(".weight").endswith(ONLY_MULTIPLIED)
-        return packed(out) if is_packed and is_only_multiplied else out
+        return out
 
-    return build_attention_weights(config, read, lambda name: name in wanted)
+    return build_attention_weights(config, read, wanted.__contains__, ops)
 
 
 def load_experts(
@@ -64,9 +57,9 @@ def load_experts(
     expert_ids: Collection[int],
     dtype: torch.dtype,
     progress: Progress | None = None,
-    is_packed: bool = False,
+    ops: Ops = PLAIN,
 ) -> dict[int, ExpertWeights]:
-    """These experts of these layers; dense layers are passed over. Reads in the files' order, not the names'."""
+    """These experts of these layers, packed for `ops`; dense layers are passed over. Reads in the files' order."""
     _check_expert_ids(config, expert_ids)
     has_mtp = any(layer >= config.num_hidden_layers for layer in layers)
     roles: tuple[Role, ...] = ("experts", "mtp") if has_mtp else ("experts",)
@@ -78,14 +71,12 @@ def load_experts(
     meter = _Meter(sum(out.numel() for _, out in parts), dtype, progress)
     for name, out in parts:
         meter.add(checkpoint.read_into(name, out).numel())
-    if not is_packed:
-        return {layer: ExpertWeights(w13, w2, ids) for layer, (w13, w2) in stacks.items()}
     parts.clear()  # views; without them each stack goes as soon as it is packed
-    return {layer: _pack(*stacks.pop(layer), ids) for layer in list(stacks)}
+    return {layer: _packed(*stacks.pop(layer), ids, ops) for layer in list(stacks)}
 
 
-def _pack(w13: Tensor, w2: Tensor, ids: tuple[int, ...]) -> ExpertWeights:
-    return ExpertWeights(tuple(packed(matrix) for matrix in w13), tuple(packed(matrix) for matrix in w2), ids)
+def _packed(w13: Tensor, w2: Tensor, ids: tuple[int, ...], ops: Ops) -> ExpertWeights:
+    return ExpertWeights(ops.pack_experts(w13), ops.pack_experts(w2), ids, ops)
 
 
 class _Meter:

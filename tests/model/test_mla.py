@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from braid.model.kv_cache import BLOCK_SIZE
 from braid.model.mla import Segment, plan_attention
+from braid.model.torch_ops import TorchOps
 
 
 def test_plan_places_every_row() -> None:
@@ -11,34 +14,43 @@ def test_plan_places_every_row() -> None:
         [
             Segment(62, 4, [5, 3, 9], absorbed=False),
             Segment(130, 2, [0, 1, 2], absorbed=True),
+            Segment(5, 1, [4, 11], absorbed=True),
             Segment(0, 1, [7], absorbed=False),
-            Segment(5, 1, [4], absorbed=True),
+            Segment(1, 1, [8], absorbed=False),
         ],
         latent_dim=48,
+        ops=TorchOps(),
     )
-    assert plan.positions.tolist() == [62, 63, 64, 65, 130, 131, 0, 5]
-    blocks_and_offsets = [(5, 62), (5, 63), (3, 0), (3, 1), (2, 2), (2, 3), (7, 0), (4, 5)]
+    assert plan.positions.tolist() == [62, 63, 64, 65, 130, 131, 5, 0, 1]
+    blocks_and_offsets = [(5, 62), (5, 63), (3, 0), (3, 1), (2, 2), (2, 3), (4, 5), (7, 0), (8, 1)]
     assert plan.slots.tolist() == [block * BLOCK_SIZE + offset for block, offset in blocks_and_offsets]
-    assert [(rows.start, rows.stop, p.start, p.num) for rows, p in plan.prefill] == [(0, 4, 62, 4), (6, 7, 0, 1)]
-    assert plan.absorbed_rows.tolist() == [4, 5, 7]
-    assert plan.decode is not None
-    assert [split.rows.tolist() for split in plan.decode.splits] == [[0, 1, 2]]
-    slots = plan.decode.splits[0].slots.view(3, -1).tolist()  # a hidden key's is the first one, which can be read
+    assert [(run.rows.start, run.rows.stop, run.absorbed) for run in plan.runs] == [
+        (0, 4, False),
+        (4, 7, True),
+        (7, 8, False),
+        (8, 9, False),
+    ]
+    assert [(run.plan.start, run.plan.num) for run in plan.runs if not run.absorbed] == [(62, 4), (0, 1), (1, 1)]
+    splits = plan.runs[1].plan.splits
+    assert [split.rows.tolist() for split in splits] == [[0, 1, 2]]
+    slots = splits[0].slots.view(3, -1).tolist()  # a hidden key's is the first one, which can be read
     assert slots == [[*range(131), *[0] * 125], [*range(132), *[0] * 124], [*range(256, 262), *[256] * 250]]
-    hidden = plan.decode.splits[0].hidden
-    assert hidden is not None
-    assert (~hidden).sum(2).flatten().tolist() == [131, 132, 6]
+    assert (~splits[0].hidden).sum(2).flatten().tolist() == [131, 132, 6]
 
 
 def test_a_row_visits_only_splits_it_sees() -> None:
-    table = list(range(10))
-    plan = plan_attention([Segment(255, 2, table, absorbed=True), Segment(600, 1, table, absorbed=True)], 48)
-    assert plan.decode is not None
-    assert [split.rows.tolist() for split in plan.decode.splits] == [[0, 1, 2], [1, 2], [2]]
-    assert plan.decode.splits[0].hidden is None
-    assert plan.decode.splits[1].slots.view(2, -1)[1].tolist() == list(range(256, 512))
+    segments = [Segment(255, 2, list(range(10)), absorbed=True), Segment(600, 1, list(range(10)), absorbed=True)]
+    (run,) = plan_attention(segments, 48, TorchOps()).runs
+    assert [split.rows.tolist() for split in run.plan.splits] == [[0, 1, 2], [1, 2], [2]]
+    assert run.plan.splits[0].hidden is None
+    assert run.plan.splits[1].slots.view(2, -1)[1].tolist() == list(range(256, 512))
 
 
 def test_empty_parts_are_allowed() -> None:
-    assert plan_attention([], 48).decode is None
-    assert plan_attention([Segment(3, 0, [0], absorbed=False)], 48).prefill == ()
+    assert plan_attention([], 48, TorchOps()).runs == ()
+    assert plan_attention([Segment(3, 0, [0], absorbed=False)], 48, TorchOps()).runs == ()
+
+
+def test_blocks_that_do_not_reach_are_refused() -> None:
+    with pytest.raises(AssertionError, match="1 blocks do not reach position 64"):
+        plan_attention([Segment(60, 5, [3], absorbed=True)], 48, TorchOps())

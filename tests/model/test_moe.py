@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from small_models import small_model
 from torch import Tensor
 
 from braid.kernels.reference import combine, swiglu_mlp
-from braid.model import moe
 from braid.model.experts import LocalExperts
 from braid.model.moe import FeedForward
+from braid.model.step_buffers import StepBuffers, StepRows
+from braid.model.torch_ops import TorchOps
 
 
 class Watched:
@@ -31,29 +32,43 @@ class Watched:
         return rows
 
 
-def test_shared_expert_runs_between_dispatch_and_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass(frozen=True)
+class WatchedOps(TorchOps):
+    """Notes when the shared expert runs."""
+
+    log: list[str] = field(default_factory=list)
+
+    def swiglu_mlp(self, x: Tensor, w13: Tensor, w2: Tensor, out: Tensor | None = None) -> Tensor:
+        self.log.append("shared")
+        return TorchOps.swiglu_mlp(self, x, w13, w2, out)
+
+
+def step_rows(num: int) -> StepRows:
+    return StepBuffers(small_model("v3").config, torch.float32).rows(num)
+
+
+def forward(layer: FeedForward, x: Tensor) -> Tensor:
+    rows = step_rows(len(x))
+    return layer.finish(layer.begin(x, rows), rows)
+
+
+def test_shared_expert_runs_between_dispatch_and_collect() -> None:
     small = small_model("v3")
     log: list[str] = []
-
-    def watched_mlp(*args: Tensor) -> Tensor:
-        log.append("shared")
-        out: Tensor = swiglu_mlp(*args)
-        return out
-
-    monkeypatch.setattr(moe, "swiglu_mlp", watched_mlp)
-    layer = FeedForward(small.config, small.weights.layers[1], 1, Watched(LocalExperts(small.experts), log))
-    layer(torch.randn(3, small.config.hidden_size))
+    experts = Watched(LocalExperts(small.experts), log)
+    layer = FeedForward(small.config, small.weights.layers[1], 1, experts, WatchedOps(log=log))
+    forward(layer, torch.randn(3, small.config.hidden_size))
     assert log == ["dispatch 1", "shared", "collect"]
 
 
 def test_output_is_the_combine_of_the_slots() -> None:
     small = small_model("v3")
     experts, weights = LocalExperts(small.experts), small.weights.layers[2]
-    layer, x = FeedForward(small.config, weights, 2, experts), torch.randn(7, small.config.hidden_size)
-    topk_idx, topk_weights = layer.route(x)
+    layer, x = FeedForward(small.config, weights, 2, experts, TorchOps()), torch.randn(7, small.config.hidden_size)
+    topk_idx, topk_weights = layer.route(x, step_rows(7))
     assert weights.shared is not None
     shared = swiglu_mlp(x, weights.shared.w13, weights.shared.w2)
-    assert torch.equal(layer(x), combine(shared, experts.dispatch(2, x, topk_idx), topk_weights))
+    assert torch.equal(forward(layer, x), combine(shared, experts.dispatch(2, x, topk_idx), topk_weights))
 
 
 def test_a_dense_layer_asks_no_expert() -> None:
@@ -61,7 +76,7 @@ def test_a_dense_layer_asks_no_expert() -> None:
     log: list[str] = []
     weights = small.weights.layers[0]
     x = torch.randn(2, small.config.hidden_size)
-    out = FeedForward(small.config, weights, 0, Watched(LocalExperts(small.experts), log))(x)
+    layer = FeedForward(small.config, weights, 0, Watched(LocalExperts(small.experts), log), TorchOps())
     assert weights.mlp is not None
-    assert torch.equal(out, swiglu_mlp(x, weights.mlp.w13, weights.mlp.w2))
+    assert torch.equal(forward(layer, x), swiglu_mlp(x, weights.mlp.w13, weights.mlp.w2))
     assert log == []

@@ -1,0 +1,105 @@
+"""Memory for the intermediate rows of a step: allocated once, used by every layer and by the next step again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Views for N rows. What one half layer leaves here is gone when the next one runs."""
+
+    x: Tensor  # [N, H], the residual stream
+    normed: Tensor  # [N, H]
+    delta: Tensor  # [N, H], what a half layer adds to x
+    shared: Tensor  # [N, H], the shared expert's rows
+    qkv_a: Tensor  # [N, q_lora + latent_dim]
+    q_a: Tensor  # [N, q_lora]: its front, or the queries themselves where there is no q_lora
+    latent: Tensor  # [N, latent_dim]: its rest
+    q_a_normed: Tensor  # [N, q_lora]
+    q_flat: Tensor  # [N, heads * d_qk]
+    q: Tensor  # [N, heads, d_qk]: the same
+    q_nope: Tensor
+    q_rope: Tensor
+    values: Tensor  # [N, heads, d_v]
+    values_flat: Tensor  # [N, heads * d_v]
+    gate: Tensor  # fp32 [N, E]
+
+
+@dataclass(frozen=True, slots=True)
+class AbsorbedRows:
+    """Views for the R rows of the absorbed form."""
+
+    q: Tensor  # [R, heads, latent_dim]
+    q_latent: Tensor  # its first kv_lora numbers
+    q_rope: Tensor
+    attended: Tensor  # [R, heads, kv_lora]
+
+
+class StepBuffers:
+    """For one micro-batch at a time."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._memory: dict[str, Tensor] = {}
+        self._rows: dict[int, StepRows] = {}
+        self._absorbed: dict[int, AbsorbedRows] = {}
+
+    def rows(self, num: int) -> StepRows:
+        if num not in self._rows:
+            made = self._make_rows(num)  # forgets all views where their memory was not enough
+            self._rows[num] = made
+        return self._rows[num]
+
+    def absorbed(self, num: int) -> AbsorbedRows:
+        if num not in self._absorbed:
+            made = self._make_absorbed(num)
+            self._absorbed[num] = made
+        return self._absorbed[num]
+
+    def _make_rows(self, num: int) -> StepRows:
+        config, hidden, heads = self._config, self._config.hidden_size, self._config.num_attention_heads
+        q_width = heads * config.qk_head_dim
+        q_a_width = q_width if config.q_lora_rank is None else config.q_lora_rank
+        qkv_a = self._take("qkv_a", num, q_a_width + config.latent_dim)
+        q_a = qkv_a[:, :q_a_width]
+        q_flat = q_a if config.q_lora_rank is None else self._take("q", num, q_width)
+        q = q_flat.view(num, heads, config.qk_head_dim)
+        values = self._take("values", num, heads * config.v_head_dim)
+        return StepRows(
+            x=self._take("x", num, hidden),
+            normed=self._take("normed", num, hidden),
+            delta=self._take("delta", num, hidden),
+            shared=self._take("shared", num, hidden),
+            qkv_a=qkv_a,
+            q_a=q_a,
+            latent=qkv_a[:, q_a_width:],
+            q_a_normed=self._take("q_a_normed", num, config.q_lora_rank or 0),
+            q_flat=q_flat,
+            q=q,
+            q_nope=q[..., : config.qk_nope_head_dim],
+            q_rope=q[..., config.qk_nope_head_dim :],
+            values=values.view(num, heads, config.v_head_dim),
+            values_flat=values,
+            gate=self._take("gate", num, config.n_routed_experts or 0, torch.float32),
+        )
+
+    def _make_absorbed(self, num: int) -> AbsorbedRows:
+        config, heads = self._config, self._config.num_attention_heads
+        q = self._take("absorbed", num, heads * config.latent_dim).view(num, heads, config.latent_dim)
+        attended = self._take("attended", num, heads * config.kv_lora_rank).view(num, heads, config.kv_lora_rank)
+        return AbsorbedRows(q, q[..., : config.kv_lora_rank], q[..., config.kv_lora_rank :], attended)
+
+    def _take(self, name: str, num: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        memory = self._memory.get(name)
+        if memory is None or memory.shape[0] < num:
+            memory = self._memory[name] = torch.empty(num, width, dtype=dtype or self._dtype)
+            self._rows.clear()
+            self._absorbed.clear()
+        return memory[:num]
