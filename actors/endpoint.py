@@ -71,9 +71,9 @@ class Endpoint:
         self._thread.start()
         threading.Thread(target=self._keep_dialing, name=f"dial-{name}", daemon=True).start()
 
-    def poll(self, timeout_s: float) -> list[Event]:
-        """New events only. Keeps the table of links."""
-        events = self.reactor.poll(timeout_s)
+    def poll(self, timeout_s: float, is_urgent: bool = True) -> list[Event]:
+        """New events only, by default awaited as the answer to something. Keeps the table of links."""
+        events = self.reactor.poll(timeout_s, is_urgent)
         for event in events:
             if isinstance(event, Opened):
                 with self._lock:
@@ -90,7 +90,7 @@ class Endpoint:
         """Deferred events, then new ones; waits only when nothing was deferred."""
         events = list(self._deferred)
         self._deferred.clear()
-        return events + self.poll(0.0 if events else timeout_s)
+        return events + self.poll(0.0 if events else timeout_s, is_urgent=False)
 
     def link_to(self, name: str) -> Link | None:
         """The open link to a peer, if there is one."""

@@ -142,6 +142,12 @@ class Link:
         if self._queue:
             self.flush()
 
+    def incoming_words(self) -> int | None:
+        return self._pipe.incoming_words
+
+    def look(self) -> bool:
+        return self._pipe.look()
+
     def receive(self) -> Message | None:
         """The next whole message that has arrived. Raises PeerGone after the last one."""
         if self.is_closed_here:

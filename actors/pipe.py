@@ -23,6 +23,15 @@ class Pipe(Protocol):
         """Takes note of what epoll said about one of the fds."""
         ...
 
+    @property
+    def incoming_words(self) -> int | None:
+        """Where the words of the ring that it reads lie, if there is one."""
+        ...
+
+    def look(self) -> bool:
+        """Whether bytes have arrived that can be seen without a system call."""
+        ...
+
     def write(self, pieces: Sequence[Piece]) -> int:
         """Takes as many bytes as fit now, in order, without blocking. Raises PeerGone."""
         ...

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from .death_watch import DeathWatch
 from .links import Link, Message
 from .pipe import PeerGone
+from .shm_pipe import doze, rouse
+from .spin import Patience, spin
 
 MAX_MESSAGES_A_TURN = 256  # of one link in one poll, so that a talkative peer cannot starve the others
 MAX_READY = 64
@@ -48,6 +50,9 @@ class Reactor:
         self._joining: deque[Link] = deque()
         self._fds: dict[Link, list[int]] = {}
         self._links: dict[int, Link] = {}
+        self._rings: dict[Link, int] = {}
+        self._ring_words: tuple[int, ...] = ()
+        self._patience = Patience()
         self._unfinished: dict[Link, None] = {}  # links whose turn ended before their bytes did
 
     def add(self, link: Link) -> None:
@@ -68,24 +73,41 @@ class Reactor:
             if not self._is_closed:
                 os.eventfd_write(self._wake_fd, 1)
 
-    def poll(self, timeout_s: float | None) -> list[Event]:
-        """What happened, waiting for it up to `timeout_s` (None: as long as it takes). May return nothing early."""
-        events: list[Event] = []
-        if self._unfinished:
+    def poll(self, timeout_s: float | None, is_urgent: bool = False) -> list[Event]:
+        """What happened, waiting for it up to `timeout_s` (None: as long as it takes). May return nothing early.
+
+        An urgent wait begins with a spin: for who expects an answer at once.
+        """
+        due, self._unfinished = self._unfinished, {}
+        self._look(due)
+        if is_urgent and not due and timeout_s != 0 and self._patience.is_worth_it():
+            self._patience.learn(spin(self._ring_words, self._epoll.fileno()))
+            self._look(due)
+        is_dozing = timeout_s != 0 and not due and bool(self._rings)
+        if due or (is_dozing and not doze(self._ring_words)):
             timeout_s = 0
-            unfinished, self._unfinished = self._unfinished, {}
-            for link in unfinished:
-                self._take_turn(link, events)
         for fd, mask in self._epoll.poll(-1 if timeout_s is None else timeout_s, MAX_READY):
             if fd == self._wake_fd:
                 os.eventfd_read(fd)
-            elif fd in self._links:  # else it closed earlier in this turn
+            else:
                 link = self._links[fd]
                 link.ready(fd, mask)
-                self._take_turn(link, events)
+                due[link] = None
+        if is_dozing:
+            rouse(self._ring_words)
+            self._look(due)
+        events: list[Event] = []
+        for link in due:
+            self._take_turn(link, events)
         while self._joining:
             self._admit(self._joining.popleft(), events)
         return events
+
+    def _look(self, due: dict[Link, None]) -> None:
+        """Adds the links whose rings hold something new."""
+        for link in self._rings:
+            if link.look():
+                due[link] = None
 
     def links(self) -> list[Link]:
         return list(self._fds)
@@ -101,6 +123,7 @@ class Reactor:
             link.release()
         self._fds.clear()
         self._links.clear()
+        self._rings.clear()
         self._joining.clear()
         self._epoll.close()
         os.close(self._wake_fd)
@@ -110,6 +133,10 @@ class Reactor:
         self._fds[link] = link.register(self._epoll)
         for fd in self._fds[link]:
             self._links[fd] = link
+        if self._fds[link] and (words := link.incoming_words()) is not None:
+            self._rings[link] = words
+            self._ring_words = tuple(self._rings.values())
+            rouse((words,))
         if not self._fds[link]:
             self._retire(link, events)
 
@@ -131,5 +158,7 @@ class Reactor:
             with suppress(OSError):
                 self._epoll.unregister(fd)
         self._unfinished.pop(link, None)
+        if self._rings.pop(link, None) is not None:
+            self._ring_words = tuple(self._rings.values())
         link.release()
         events.append(Closed(link, link.closed or "closed"))

@@ -1,11 +1,12 @@
 """A pipe over two rings of shared memory, one each way, beside the Unix socket that tells of death.
 
-The eventfd counters are the cursors: a producer copies n bytes in and adds n to the data eventfd; the consumer learns
-of them only by reading that eventfd, and gives room back through the other one. So no word of the shared memory is
-read by both sides at once, the kernel orders the copies on every processor, and nobody spins. A memfd has no name:
-whatever dies, nothing is left on disk or in /dev/shm.
+Each end keeps its place in a word of its own, which the other reads without a system call (csrc/ring.cpp has the
+argument why nothing is lost); an eventfd is written only when the other end sleeps. A ring that has been emptied is
+written from its beginning again: question and answer move in the same few pages, which stay in the processor's cache.
+A memfd has no name: whatever dies, nothing is left on disk or in /dev/shm.
 """
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -17,10 +18,27 @@ from typing import Literal
 
 from .pipe import PeerGone, Piece
 
+try:
+    from . import _ring
+except ImportError:  # installed where there was no C++ compiler
+    HAS_RINGS = False
+else:
+    HAS_RINGS = True
+
 DEFAULT_RING_BYTES = 8 << 20
 MIN_RING_BYTES, MAX_RING_BYTES = 4096, 1 << 30
 ANNOUNCE_BYTES = 256 << 10  # a large message is told of in pieces, so that both sides copy at the same time
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # nobody can shrink it under our mapping
+
+
+def doze(rings: tuple[int, ...]) -> bool:
+    """Asks the writers of these rings (the addresses of their words) for wake-ups; False when there is news already."""
+    return _ring.doze(rings)
+
+
+def rouse(rings: tuple[int, ...]) -> None:
+    """The reader is awake and looks at the words by itself."""
+    _ring.rouse(rings)
 
 
 def check_ring_bytes(num_bytes: int) -> None:
@@ -29,38 +47,47 @@ def check_ring_bytes(num_bytes: int) -> None:
 
 
 class Ring:
-    """One direction: the memory and its two eventfds, whose counters are bytes written and bytes given back."""
+    """One direction: a page of words, the bytes, and two eventfds that wake its reader and its writer."""
 
     def __init__(self, memory_fd: int, data_fd: int, room_fd: int) -> None:
+        if not HAS_RINGS:
+            raise ValueError(
+                "braid was installed without a C++ compiler, so it has no rings: install g++ and braid anew"
+            )
         self.memory_fd, self.data_fd, self.room_fd = memory_fd, data_fd, room_fd
-        self.num_bytes = os.fstat(memory_fd).st_size
+        self.num_bytes = os.fstat(memory_fd).st_size - _ring.HEADER_BYTES
         check_ring_bytes(self.num_bytes)
         if fcntl.fcntl(memory_fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise ValueError("the memory of a ring must be sealed against shrinking")
         # Populated now: on a virtual machine the first touch of a page costs tens of microseconds.
-        self._map = mmap.mmap(memory_fd, self.num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self.view = memoryview(self._map)
+        self._map = mmap.mmap(memory_fd, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self.words = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._whole = memoryview(self._map)
+        self.view = self._whole[_ring.HEADER_BYTES :]
 
     @classmethod
     def create(cls, num_bytes: int) -> "Ring":
         check_ring_bytes(num_bytes)
         fds = [os.memfd_create("braid-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)]
         try:
-            os.ftruncate(fds[0], num_bytes)
+            os.ftruncate(fds[0], num_bytes + _ring.HEADER_BYTES)
             fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, SEALS)
             fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            return cls(*fds)
+            made = cls(*fds)
         except BaseException:  # out of fds or memory: what was opened so far must not stay open
             for fd in fds:
                 os.close(fd)
             raise
+        _ring.start(made.words)
+        return made
 
     def fds(self) -> list[int]:
         return [self.memory_fd, self.data_fd, self.room_fd]
 
     def close(self) -> None:
         self.view.release()
+        self._whole.release()
         self._map.close()
         for fd in self.fds():
             os.close(fd)
@@ -72,15 +99,16 @@ class ShmPipe:
     def __init__(self, sock: socket.socket, outgoing: Ring, incoming: Ring) -> None:
         self._socket = sock
         self._out, self._in = outgoing, incoming
-        self._write_at, self._room = 0, outgoing.num_bytes
-        self._unannounced = 0  # written, not yet told to the peer
-        self._read_at, self._available = 0, 0
-        self._taken = 0  # read but not yet given back
-        self._give_back_at = incoming.num_bytes // 4
+        # Bytes since the ring was made; byte n lies at (n - origin) % size.
+        self._written = self._announced = self._freed = self._write_origin = 0
+        self._read = self._arrived = self._read_origin = 0
         self._ending: str | None = None
+        self.incoming_words = incoming.words
         sock.setblocking(False)
 
     def interest(self, wants_room: bool) -> list[tuple[int, int]]:
+        if _ring.watch_room(self._out.words, wants_room, self._out.num_bytes):
+            os.eventfd_write(self._out.room_fd, 1)  # it came before we asked to be told: tell ourselves
         return [
             (self._in.data_fd, select.EPOLLIN),
             (self._socket.fileno(), select.EPOLLIN | select.EPOLLRDHUP),
@@ -88,16 +116,24 @@ class ShmPipe:
         ]
 
     def ready(self, fd: int, mask: int) -> None:
-        if fd == self._out.room_fd:
-            return
-        if fd != self._in.data_fd:
+        if fd == self._socket.fileno():
             self._ending = self._last_words()
-        try:
-            self._available += os.eventfd_read(self._in.data_fd)
-        except BlockingIOError:
-            return
-        if self._available > self._in.num_bytes:
-            self._available, self._ending = 0, "it announced more bytes than its ring holds"
+        else:
+            with suppress(BlockingIOError):
+                os.eventfd_read(fd)
+        self.look()
+
+    def look(self) -> bool:
+        arrived = _ring.written(self._in.words)
+        if arrived == self._arrived:
+            return self._arrived != self._read
+        if arrived - self._read > self._in.num_bytes or arrived < self._arrived:
+            self._arrived, self._ending = self._read, "it announced more bytes than its ring holds"
+            return True
+        if self._read == self._arrived:  # the origin moves only when all before it has been read
+            self._read_origin = _ring.origin(self._in.words)
+        self._arrived = arrived
+        return True
 
     def _last_words(self) -> str:
         try:
@@ -107,73 +143,76 @@ class ShmPipe:
         return "it spoke on the socket of a shared-memory link" if words else "its end of the link closed"
 
     def write(self, pieces: Sequence[Piece]) -> int:
+        self._collect_room()
         written = 0
         for piece in pieces:
-            end = self._write_at + len(piece)
-            if len(piece) <= self._room and len(piece) <= ANNOUNCE_BYTES and end < self._out.num_bytes:
-                self._out.view[self._write_at : end] = piece
-                self._write_at = end
-                self._room -= len(piece)
-                self._unannounced += len(piece)
-                written += len(piece)
+            num_bytes, ring = len(piece), self._out
+            start = (self._written - self._write_origin) % ring.num_bytes
+            room = ring.num_bytes - (self._written - self._freed)
+            if num_bytes <= room and num_bytes <= ANNOUNCE_BYTES and start + num_bytes <= ring.num_bytes:
+                ring.view[start : start + num_bytes] = piece
+                self._written += num_bytes
+                written += num_bytes
                 continue
             part = self._write_parts(piece)
             written += part
-            if part < len(piece):
+            if part < num_bytes:
                 break
         self._announce()
         return written
 
     def _write_parts(self, piece: Piece) -> int:
         """For a piece that is large, meets the end of the ring or finds too little room."""
-        done = 0
-        while done < len(piece) and (self._room or self._collect_room()):
-            part = min(len(piece) - done, self._room, ANNOUNCE_BYTES, self._out.num_bytes - self._write_at)
-            end = self._write_at + part
-            self._out.view[self._write_at : end] = piece[done : done + part]
-            self._write_at = 0 if end == self._out.num_bytes else end
-            self._room -= part
+        done, size = 0, self._out.num_bytes
+        while done < len(piece):
+            room = size - (self._written - self._freed)
+            if not room:
+                self._announce()
+                self._collect_room()
+                if not (room := size - (self._written - self._freed)):
+                    break
+            start = (self._written - self._write_origin) % size
+            part = min(len(piece) - done, room, ANNOUNCE_BYTES, size - start)
+            self._out.view[start : start + part] = piece[done : done + part]
+            self._written += part
             done += part
-            self._unannounced += part
-            if self._unannounced >= ANNOUNCE_BYTES:
+            if self._written - self._announced >= ANNOUNCE_BYTES:
                 self._announce()
         return done
 
     def _announce(self) -> None:
-        if self._unannounced:
-            os.eventfd_write(self._out.data_fd, self._unannounced)
-            self._unannounced = 0
+        if self._written != self._announced:
+            self._announced = self._written
+            if _ring.announce(self._out.words, self._written, self._write_origin):
+                os.eventfd_write(self._out.data_fd, 1)
 
-    def _collect_room(self) -> bool:
-        try:
-            self._room += os.eventfd_read(self._out.room_fd)
-        except BlockingIOError:
-            return False
-        if self._room > self._out.num_bytes:
+    def _collect_room(self) -> None:
+        """What has been read since; with everything announced only, for it may move the origin."""
+        freed = _ring.read(self._out.words)
+        if not self._freed <= freed <= self._announced:
             raise PeerGone("it gave back more bytes than its ring holds")
-        return True
+        self._freed = freed
+        if freed == self._written:
+            self._write_origin = freed
 
     def window(self) -> tuple[memoryview, int, int]:
-        if not self._available and self._ending is not None:
+        available = self._arrived - self._read
+        if not available and self._ending is not None:
             raise PeerGone(self._ending)
-        start = self._read_at
-        return self._in.view, start, min(start + self._available, self._in.num_bytes)
+        start = (self._read - self._read_origin) % self._in.num_bytes
+        return self._in.view, start, min(start + available, self._in.num_bytes)
 
     def consume(self, num_bytes: int) -> None:
-        self._read_at += num_bytes
-        if self._read_at == self._in.num_bytes:
-            self._read_at = 0
-        self._available -= num_bytes
-        self._taken += num_bytes
-        if self._taken >= self._give_back_at:
-            os.eventfd_write(self._in.room_fd, self._taken)
-            self._taken = 0
+        self._read += num_bytes
+        if _ring.give_back(self._in.words, self._read, self._in.num_bytes):
+            os.eventfd_write(self._in.room_fd, 1)
 
     def read_into(self, target: memoryview) -> int:
         view, start, end = self.window()
         num_bytes = min(len(target), end - start)
-        target[:num_bytes] = view[start : start + num_bytes]
-        self.consume(num_bytes)
+        if num_bytes:
+            target[:num_bytes] = view[start : start + num_bytes]
+            self.consume(num_bytes)
         return num_bytes
 
     def socket_fd(self) -> int:

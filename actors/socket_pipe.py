@@ -40,6 +40,11 @@ class SocketPipe:
         if mask & ~select.EPOLLOUT:
             self._is_drained = False
 
+    incoming_words = None
+
+    def look(self) -> bool:
+        return False
+
     def write(self, pieces: Sequence[Piece]) -> int:
         try:
             return self._socket.sendmsg(pieces if len(pieces) <= MAX_PIECES else list(islice(pieces, MAX_PIECES)))

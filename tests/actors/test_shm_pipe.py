@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from braid.actors import _ring
 from braid.actors.handshake import Refused
 from braid.actors.pipe import PeerGone
-from braid.actors.shm_pipe import MIN_RING_BYTES, Ring
+from braid.actors.shm_pipe import MIN_RING_BYTES, Ring, doze, rouse
 from braid.actors.shm_setup import receive_rings, send_rings
 
 
@@ -76,6 +77,43 @@ def test_nothing_is_read_before_it_is_announced(pair: Pair) -> None:
     assert not pair.data_arrived()
 
 
+def test_a_reader_that_is_awake_is_not_woken(pair: Pair) -> None:
+    rouse((pair.reader.incoming_words,))
+    assert not pair.reader.look()
+    pair.writer.write([b"hello"])
+    assert not pair.data_arrived()
+    assert pair.reader.look()
+    assert pair.read(10) == b"hello"
+    assert doze((pair.reader.incoming_words,))
+    pair.writer.write([b"wake up"])
+    assert pair.data_arrived()
+    assert pair.read(10) == b"wake up"
+
+
+def test_who_wants_to_sleep_is_told_of_what_has_just_come(pair: Pair) -> None:
+    rouse((pair.reader.incoming_words,))
+    pair.writer.write([b"hello"])
+    assert not doze((pair.reader.incoming_words,))
+
+
+def test_an_emptied_ring_is_written_from_its_beginning_again(pair: Pair) -> None:
+    for number in range(5):
+        pair.writer.write([b"message %d" % number])
+        assert pair.reader.look()
+        assert pair.reader.window()[1:] == (0, 9)
+        assert pair.read(100) == b"message %d" % number
+
+
+def test_room_that_came_before_it_was_asked_for_is_told(pair: Pair) -> None:
+    pair.writer.write([bytes(MIN_RING_BYTES)])
+    assert pair.data_arrived()
+    pair.read(MIN_RING_BYTES)
+    room_fd = pair.writer._out.room_fd
+    with select.epoll() as epoll:
+        epoll.register(room_fd, dict(pair.writer.interest(wants_room=True))[room_fd])
+        assert epoll.poll(0)
+
+
 def test_a_full_ring_takes_no_more_until_room_is_given_back(pair: Pair) -> None:
     assert pair.writer.write([bytes(MIN_RING_BYTES + 1)]) == MIN_RING_BYTES
     assert pair.writer.write([b"x"]) == 0
@@ -99,12 +137,13 @@ def test_what_was_written_before_the_end_is_read_first(pair: Pair) -> None:
 
 
 def test_a_peer_that_announces_or_gives_back_too_much_is_cut_off(pair: Pair) -> None:
-    os.eventfd_write(pair.reader._in.data_fd, MIN_RING_BYTES + 1)
+    _ring.announce(pair.reader._in.words, MIN_RING_BYTES + 1, 0)
+    os.eventfd_write(pair.reader._in.data_fd, 1)
     assert pair.data_arrived()
     with pytest.raises(PeerGone, match="announced more bytes than its ring holds"):
         pair.read(1)
     pair.writer.write([bytes(MIN_RING_BYTES)])
-    os.eventfd_write(pair.writer._out.room_fd, MIN_RING_BYTES + 1)
+    _ring.give_back(pair.writer._out.words, MIN_RING_BYTES + 1, MIN_RING_BYTES)
     with pytest.raises(PeerGone, match="gave back more bytes than its ring holds"):
         pair.writer.write([b"x"])
 
