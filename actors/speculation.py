@@ -19,7 +19,7 @@ FORGET_STEPS = 256
 
 @dataclass(slots=True)
 class Acceptance:
-    """`shares[i]`: how often draft i was accepted where draft i - 1 was; exponential means of a worker or a sequence."""
+    """`shares[i]`: how often draft i was accepted where draft i - 1 was. Recent means, of a worker or a sequence."""
 
     shares: list[float] = field(default_factory=lambda: [0.8, 0.7])
     memory: float = 32.0  # observations that outweigh what was believed before

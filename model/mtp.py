@@ -1,19 +1,21 @@
 """Multi-token prediction: the module that guesses the token after next (DeepSeek-V3 paper, section 2.2).
 
 For the row at position i it reads `hidden[i]` (the main model's output AFTER `model.norm`, see network_weights.py) and
-the embedding of token i+1; its logits are for token i+2. It keeps a latent cache of its own, one layer, under the same
-block tables and positions as the main one; position i is written when token i+1 is known.
+the embedding of token i+1; its logits are for token i+2. Its latents are one more layer of the main model's cache,
+under the same block tables and positions; position i is written when token i+1 is known. To guess one token further it
+reads its own output for row i in place of the hidden row i+1 that nobody has computed yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .deepseek import DecoderLayer, MicroBatch
+from .deepseek import DecoderLayer, MicroBatch, OnLayer
 from .experts import ExpertBackend
 from .kv_cache import LatentCache
 from .mla import Segment, plan_attention
@@ -22,13 +24,16 @@ from .rope import RopeTable
 from .step_buffers import StepBuffers
 
 
-def mtp_cache(config: ModelConfig, num_blocks: int, dtype: torch.dtype) -> LatentCache:
-    """The cache of one MTP module."""
-    return LatentCache(config, num_blocks, dtype, num_layers=1)
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """Of the rows asked for. logits: fp32 [R, vocab]; hidden: [R, H] after the head's norm, to draft on from."""
+
+    logits: Tensor
+    hidden: Tensor
 
 
 class MtpModule:
-    """Module number `depth`; its routed experts are those of layer num_hidden_layers + depth."""
+    """A checkpoint's first module: layer num_hidden_layers, of the cache and of the routed experts."""
 
     def __init__(
         self,
@@ -37,7 +42,6 @@ class MtpModule:
         cache: LatentCache,
         experts: ExpertBackend,
         rope: RopeTable,
-        depth: int = 0,
     ) -> None:
         self.config = config
         self.cache = cache
@@ -45,11 +49,21 @@ class MtpModule:
         self._rope = rope
         self._ops = weights.ops
         self._buffers = StepBuffers(config, cache.dtype)
-        self._layer = DecoderLayer(config, weights.layer, config.num_hidden_layers + depth, experts, weights.ops)
+        self._layer = DecoderLayer(config, weights.layer, config.num_hidden_layers, experts, weights.ops)
 
     @torch.inference_mode()
-    def draft(self, hidden: Tensor, next_ids: Tensor, segments: Sequence[Segment], logit_rows: Tensor) -> Tensor:
-        """hidden: [N, H] of the segments' positions, next_ids: int64 [N], the token after each -> fp32 [R, vocab]."""
+    def draft(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        segments: Sequence[Segment],
+        logit_rows: Tensor,
+        on_layer: OnLayer | None = None,
+    ) -> Drafted:
+        """hidden: [N, H] of the segments' positions, next_ids: int64 [N], the token after each, logit_rows: int64 [R].
+
+        `on_layer` is called with this layer's number when its latents are in the cache.
+        """
         plan = plan_attention(segments, self.config.latent_dim, self._ops)
         assert len(plan.positions) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
         ops, weights, eps = self._ops, self._weights, self.config.rms_norm_eps
@@ -58,7 +72,7 @@ class MtpModule:
         pair = torch.cat((embedded, ops.rms_norm(hidden, weights.hnorm, eps)), dim=-1)
         ops.linear(pair, weights.eh_proj, out=rows.x)
         part = MicroBatch(self._buffers, rows, plan, *self._rope(plan.positions))
-        self._layer.begin(part, self.cache, 0)
+        self._layer.begin(part, self.cache, self.config.num_hidden_layers, on_layer)
         self._layer.finish(part)
         wanted = part.norm(ops, weights.shared_head_norm, eps, rows.normed)[logit_rows]
-        return ops.wide_linear(wanted, weights.shared_head)
+        return Drafted(ops.wide_linear(wanted, weights.shared_head), wanted)

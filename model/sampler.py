@@ -56,6 +56,13 @@ class Sampler:
         self._best: list[float] = self._raw[np.arange(len(greedy)), greedy].tolist()
 
     def token(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> SampledToken:
+        """What `choose` chooses, with the log-probabilities that the request asks for."""
+        token_id = self.choose(row, params, position, banned)
+        if params.logprobs is None:
+            return SampledToken(token_id)
+        return _with_logprobs(self._logits[row], token_id, params.logprobs)
+
+    def choose(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> int:
         """`position` is the absolute one that the new token takes; `banned` tokens must not be sampled (end tokens
         before min_tokens). Raises NothingToSample."""
         raw, best, token_id = self._raw[row], self._best[row], self._greedy[row]
@@ -67,11 +74,7 @@ class Sampler:
             best = float(raw[token_id])
         if not math.isfinite(best):
             raise NothingToSample([row], [position])
-        if params.temperature > 0:
-            token_id = _sample_row(raw, token_id, params, position)
-        if params.logprobs is None:
-            return SampledToken(token_id)
-        return _with_logprobs(self._logits[row], token_id, params.logprobs)
+        return _sample_row(raw, token_id, params, position) if params.temperature > 0 else token_id
 
     def is_finite(self, row: int) -> bool:
         """Whether a row that gives nothing has good logits after all: then everything in it is banned."""

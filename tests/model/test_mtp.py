@@ -17,8 +17,9 @@ from transformers.modeling_layers import MtpModel
 from braid.model.config import ModelConfig, yarn_mscale
 from braid.model.deepseek import Batch
 from braid.model.experts import LocalExperts
+from braid.model.kv_cache import LatentCache
 from braid.model.mla import Segment
-from braid.model.mtp import MtpModule, mtp_cache
+from braid.model.mtp import MtpModule
 from braid.model.network_weights import from_state_dict
 from braid.model.rope import RopeTable, inverse_frequencies
 from braid.model.tensor_names import expected_tensors
@@ -52,8 +53,9 @@ def case(shape_name: str) -> Case:
 
 def module(given: Case) -> MtpModule:
     weights, experts = from_state_dict(given.config, given.state, torch.float32)
-    latents = mtp_cache(given.config, NUM_BLOCKS, torch.float32)
-    latents.layers[0].fill_(torch.nan)
+    latents = LatentCache(given.config, NUM_BLOCKS, torch.float32, given.config.num_hidden_layers + 1)
+    for layer in latents.layers:
+        layer.fill_(torch.nan)
     return MtpModule(given.config, weights.mtp[0], latents, LocalExperts(experts), RopeTable(given.config))
 
 
@@ -62,7 +64,7 @@ def draft(mtp: MtpModule, given: Case, cuts: list[int], absorbed: bool = False) 
     for first, last in pairwise(cuts):
         segment = Segment(first, last - first, shuffled_table(), absorbed)
         rows = torch.arange(last - first)
-        logits.append(mtp.draft(given.hidden[first:last], given.next_ids[first:last], [segment], rows))
+        logits.append(mtp.draft(given.hidden[first:last], given.next_ids[first:last], [segment], rows).logits)
     return torch.cat(logits)
 
 
@@ -161,8 +163,27 @@ def test_chunks_change_no_bits(absorbed: bool) -> None:
 def test_only_the_wanted_rows_have_logits() -> None:
     given = case("v3")
     segment, last = Segment(0, LENGTH, shuffled_table(), False), torch.tensor([LENGTH - 1])
-    logits = module(given).draft(given.hidden, given.next_ids, [segment], last)
+    logits = module(given).draft(given.hidden, given.next_ids, [segment], last).logits
     assert torch.equal(logits, draft(module(given), given, [0, LENGTH])[-1:])
+
+
+def test_a_second_application_reads_what_the_first_one_put_out() -> None:
+    """Its logits are those of a longer text whose hidden row at the next position is the module's own output."""
+    given, mtp = case("v3"), module(case("v3"))
+    first = mtp.draft(given.hidden, given.next_ids, [Segment(0, LENGTH, shuffled_table(), False)], torch.tensor([-1]))
+    token = first.logits.argmax(-1)
+    second = mtp.draft(first.hidden, token, [Segment(LENGTH, 1, shuffled_table(), True)], torch.tensor([0]))
+    longer = Case(
+        given.config, given.state, torch.cat((given.hidden, first.hidden)), torch.cat((given.next_ids, token))
+    )
+    assert (second.logits - Float64Mtp(longer).logits(longer)[-1:]).abs().max() < 1e-4
+
+
+def test_the_hook_hears_of_the_layer_after_the_main_ones() -> None:
+    given, heard = case("v3"), list[int]()
+    segment = Segment(0, LENGTH, shuffled_table(), False)
+    module(given).draft(given.hidden, given.next_ids, [segment], torch.tensor([], dtype=torch.int64), heard.append)
+    assert heard == [given.config.num_hidden_layers]
 
 
 @torch.no_grad()
