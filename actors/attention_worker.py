@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,12 +93,14 @@ class AttentionWorker:
         scheduler = Scheduler(
             BlockAllocator(num_blocks), self.settings.max_sequences, self.settings.max_batch_tokens, MAX_WAITING
         )
-        self.requests = Requests(self.settings.name, config, cache, scheduler, self._tracer, self.load)
+        self.requests = Requests(
+            self.settings.name, config, cache, scheduler, self._tracer, self.load, self.settings.kv_checksums
+        )
         model = DeepSeekModel(config, self._weights, cache, self.experts)
         self.engine = Engine(config, model, self.experts, self.requests)
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
-        return self.endpoint.info
+        return replace(self.endpoint.info, kernels=ops.family)
 
     def progress(self) -> dict[str, Any]:
         return self.loading.report()
@@ -141,15 +144,20 @@ class AttentionWorker:
             "worker": self.settings.name,
             "role": self.settings.role,
             "free_blocks": scheduler.allocator.num_free,
+            "cached_blocks": scheduler.allocator.num_idle,
             "total_blocks": scheduler.allocator.num_total,
             "block_size": BLOCK_SIZE,
             "running": len(scheduler.decoding),
             "sequences": len(scheduler.all()),
             "waiting": len(scheduler.waiting),
             "waiting_tokens": scheduler.num_waiting_tokens,
-            "counters": dict(self.requests.counters) | self._hop_counters(),
+            "counters": dict(self.requests.counters) | self._cache_counters() | self._hop_counters(),
         }
         return self._latest_load
+
+    def _cache_counters(self) -> dict[str, float]:
+        scheduler = self.requests.scheduler
+        return {**scheduler.counters, "evictions": scheduler.allocator.num_evicted}
 
     def _hop_counters(self) -> dict[str, float]:
         if not isinstance(self.experts, RemoteExperts):

@@ -10,7 +10,7 @@ import os
 import struct
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ class ExpertWorker:
         self.endpoint = Endpoint(self.settings)
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
-        return self.endpoint.info
+        return replace(self.endpoint.info, kernels=ops.family)
 
     def progress(self) -> dict[str, Any]:
         return self.loading.report()

@@ -13,7 +13,7 @@ Transport = Literal["auto", "shm", "tcp"]
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """Where one life of one worker can be reached."""
+    """Where one life of one worker can be reached. `kernels`: the family its results are rounded by (law 5)."""
 
     name: str
     role: Role
@@ -24,6 +24,7 @@ class WorkerInfo:
     tcp_port: int
     pid: int
     node: str
+    kernels: str = "reference"
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,11 +198,28 @@ class ClusterState:
         worker = self.workers[event.worker]
         worker.info = event.info
         self._move_worker(worker, "ready")
+        if mixed := self._mixed_kernels():
+            return self._give_up(mixed)
         if any(worker.state != "ready" for worker in self.workers.values()):
             return []
         self._move("joining")
         holders = [(w.plan, w.incarnation) for w in self.workers.values() if w.plan.expert_ids is not None]
         return self._publish(first_map(holders, self.num_experts, self.moe_layers))
+
+    def _mixed_kernels(self) -> str | None:
+        """Why these workers must not serve together: a token's bits would depend on who computes it (law 5)."""
+        names: dict[str, list[str]] = {}
+        for worker in self.workers.values():
+            if worker.info is not None:
+                names.setdefault(worker.info.kernels, []).append(worker.plan.name)
+        if len(names) < 2:
+            return None
+        told = ", ".join(f"{kernels} on {' '.join(workers)}" for kernels, workers in names.items())
+        return (
+            f"the workers compute with different kernels and would round the same token differently: {told}. "
+            "Place them on machines of one kind by labels, with braid installed alike: the native kernels need a C++ "
+            "compiler at install time and AVX-512 (for bfloat16 also avx512_bf16)"
+        )
 
     def _applied(self, event: Applied) -> list[Instruction]:
         worker = self.workers[event.worker]

@@ -156,7 +156,7 @@ def _qkv_a_bias(config: ModelConfig, attention: str, read: Read) -> Tensor | Non
 
 def build_mlp(prefix: str, read: Read, ops: Ops) -> MlpWeights:
     w13 = read(prefix + "gate_proj.weight", prefix + "up_proj.weight")
-    return MlpWeights(w13=ops.pack(w13), w2=ops.pack(read(prefix + "down_proj.weight")))
+    return MlpWeights(w13=ops.pack(w13, is_gate_up=True), w2=ops.pack(read(prefix + "down_proj.weight")))
 
 
 def build_mtp(
@@ -187,7 +187,7 @@ def build_experts(layer: int, expert_ids: Sequence[int], read: Read, ops: Ops) -
     names = [f"{prefix}{expert}." for expert in expert_ids]
     w13 = torch.stack([read(name + "gate_proj.weight", name + "up_proj.weight") for name in names])
     w2 = torch.stack([read(name + "down_proj.weight") for name in names])
-    return ExpertWeights(ops.pack_experts(w13), ops.pack_experts(w2), tuple(expert_ids), ops)
+    return ExpertWeights(ops.pack_experts(w13, is_gate_up=True), ops.pack_experts(w2), tuple(expert_ids), ops)
 
 
 def from_state_dict(

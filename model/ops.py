@@ -31,8 +31,8 @@ class Ops(Protocol):
         """Threads of this process that compute, the caller among them."""
         ...
 
-    def pack(self, weight: Tensor) -> Matrix:
-        """weight: [N, K]."""
+    def pack(self, weight: Tensor, is_gate_up: bool = False) -> Matrix:
+        """weight: [N, K]. `is_gate_up`: an MLP's w13, which only the MLP operations read."""
         ...
 
     def pack_gate(self, weight: Tensor) -> Matrix:
@@ -43,8 +43,8 @@ class Ops(Protocol):
         """weights: [heads, N, K]."""
         ...
 
-    def pack_experts(self, weights: Tensor) -> Stack:
-        """weights: [E, N, K]."""
+    def pack_experts(self, weights: Tensor, is_gate_up: bool = False) -> Stack:
+        """weights: [E, N, K]; `is_gate_up` as for `pack`."""
         ...
 
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -79,7 +79,7 @@ def _test_row_kernels(config: ModelConfig, ops: Ops, random: Random) -> None:
         _test_slices("gate", random(NUM_ROWS, hidden), partial(ops.wide_linear, weight=gate))
     norm = partial(ops.rms_norm, weight=random(hidden), eps=config.rms_norm_eps)
     _test_slices("rms_norm", random(NUM_ROWS, hidden), norm)
-    w13, w2 = ops.pack(random(2 * inner, hidden)), ops.pack(random(hidden, inner))
+    w13, w2 = ops.pack(random(2 * inner, hidden), is_gate_up=True), ops.pack(random(hidden, inner))
     _test_slices("swiglu_mlp", random(NUM_ROWS, hidden), partial(ops.swiglu_mlp, w13=w13, w2=w2))
 
 
@@ -126,7 +126,10 @@ def _test_attention(config: ModelConfig, ops: Ops, random: Random) -> None:
 
 def _test_grouped_mlp(config: ModelConfig, ops: Ops, random: Random) -> None:
     hidden, inner = config.hidden_size, min(config.moe_intermediate_size, max(MAX_WEIGHT // config.hidden_size, 8))
-    w13, w2 = ops.pack_experts(random(3, 2 * inner, hidden)), ops.pack_experts(random(3, hidden, inner))
+    w13, w2 = (
+        ops.pack_experts(random(3, 2 * inner, hidden), is_gate_up=True),
+        ops.pack_experts(random(3, hidden, inner)),
+    )
     x, expert = random(NUM_ROWS, hidden), torch.arange(NUM_ROWS) * 7 % 3
     rows = torch.arange(NUM_ROWS)
     whole = ops.grouped_mlp(x, rows, expert, w13, w2)

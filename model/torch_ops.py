@@ -22,13 +22,14 @@ class TorchOps:
 
     @property
     def family(self) -> str:
-        return "reference"
+        """Torch rounds by its version and by what the CPU can do."""
+        return f"reference-torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 
     def set_threads(self, num_threads: int) -> None:
         """Of the calling thread: OpenMP counts per thread."""
         torch.set_num_threads(num_threads)
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor, is_gate_up: bool = False) -> Tensor:
         return reference.packed(weight) if self.is_packing else weight
 
     def pack_gate(self, weight: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class TorchOps:
         """A copy with its inputs as rows: a bf16 product copies a strided operand each time."""
         return weights.transpose(1, 2).contiguous()
 
-    def pack_experts(self, weights: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def pack_experts(self, weights: Tensor, is_gate_up: bool = False) -> Tensor | tuple[Tensor, ...]:
         return tuple(reference.packed(matrix) for matrix in weights) if self.is_packing else weights
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -76,7 +76,7 @@ def load_experts(
 
 
 def _packed(w13: Tensor, w2: Tensor, ids: tuple[int, ...], ops: Ops) -> ExpertWeights:
-    return ExpertWeights(ops.pack_experts(w13), ops.pack_experts(w2), ids, ops)
+    return ExpertWeights(ops.pack_experts(w13, is_gate_up=True), ops.pack_experts(w2), ids, ops)
 
 
 class _Meter:

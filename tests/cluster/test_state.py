@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -102,6 +103,17 @@ def test_the_first_view_waits_for_every_worker(state: ClusterState) -> None:
     assert state.view.expert_map is not None
     assert state.view.expert_map.replica_counts(1) == [2] * 8
     assert state.phase == "joining"
+
+
+def test_workers_that_round_differently_do_not_serve_together(state: ClusterState) -> None:
+    place_all(state)
+    native = replace(info("decode-0"), kernels="native-avx512-1")
+    assert state.handle(Prepared(2.0, "decode-0", 1, native)) == []
+    (out,) = state.handle(Prepared(2.1, "expert-0", 1, replace(info("expert-0"), kernels="reference")))
+    assert out == TearDown(state.failure)
+    assert state.failure is not None
+    assert "native-avx512-1 on decode-0, reference on expert-0" in state.failure
+    assert "Place them on machines of one kind by labels" in state.failure
 
 
 def test_serving_needs_every_link_and_every_front(state: ClusterState) -> None:
