@@ -42,12 +42,14 @@ class PackedStack:
     outputs: int
     inputs: int
     is_gate_up: bool  # the first layer of an MLP: gate and up outputs interleaved, for the MLP kernels only
+    dtype: torch.dtype = field(init=False)
     address: int = field(init=False)
     is_bf16: bool = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # all that a call needs at hand: reading a tensor's attributes costs more
+        object.__setattr__(self, "dtype", self.data.dtype)
         object.__setattr__(self, "address", self.data.data_ptr())
-        object.__setattr__(self, "is_bf16", self.data.dtype == torch.bfloat16)
+        object.__setattr__(self, "is_bf16", self.dtype == torch.bfloat16)
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -55,10 +57,6 @@ class PackedStack:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.data.shape[0], self.outputs, self.inputs
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +100,7 @@ def pack_stack(weights: Tensor | Sequence[Tensor], is_gate_up: bool = False) -> 
         raise ValueError(f"a matrix [{outputs}, {inputs}] cannot be packed{' as gate and up' * is_gate_up}")
     data = torch.empty(len(weights), _packed_size(outputs, inputs, dtype, is_gate_up), dtype=dtype)
     for weight, out in zip(weights, data, strict=True):
-        assert weight.shape == first.shape and weight.dtype == dtype, "matrices of a stack are of one shape and dtype"
+        assert (weight.shape, weight.dtype) == (first.shape, dtype), "a stack's matrices are of one shape and dtype"
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         is_bf16 = dtype == torch.bfloat16
         _native.pack(is_bf16, weight.data_ptr(), weight.stride(0), outputs, inputs, is_gate_up, out.data_ptr())
@@ -120,37 +118,40 @@ def linear(
 ) -> Tensor:
     """x: [M, K], weight: [N, K], bias: [N] -> [M, N] in x's dtype, or unrounded in fp32."""
     w = weight.stack
-    rows, inputs = x.shape
+    num_rows, inputs = x.shape
+    out_dtype = torch.float32 if fp32_out else x.dtype
     if out is None:
-        out = torch.empty(rows, w.outputs, dtype=torch.float32 if fp32_out else x.dtype)
-    assert inputs == w.inputs and x.dtype == w.data.dtype and not w.is_gate_up, f"{x.shape} by {weight.shape}"
-    assert out.shape == (rows, w.outputs) and x.stride(1) == out.stride(1) == 1
-    assert out.dtype == (torch.float32 if fp32_out else x.dtype)
+        out = x.new_empty(num_rows, w.outputs, dtype=out_dtype)
+    (x_stride, x_step), (out_stride, out_step) = x.stride(), out.stride()
+    assert (inputs, x.dtype, x_step, w.is_gate_up) == (w.inputs, w.dtype, 1, False), f"{x.shape} by {w.shape}"
+    assert (out.shape, out.dtype, out_step) == ((num_rows, w.outputs), out_dtype, 1), f"out: {out.shape}"
     _native.linear(
-        w.is_bf16, fp32_out, x.data_ptr(), x.stride(0), 0, rows, 1,
-        w.address, w.outputs, inputs, 0 if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0), 0,
+        w.is_bf16, fp32_out, x.data_ptr(), x_stride, 0, num_rows, 1,
+        w.address, w.outputs, inputs, 0 if bias is None else bias.data_ptr(), out.data_ptr(), out_stride, 0,
     )  # fmt: skip
     return out
 
 
 def head_linear(x: Tensor, weight: PackedStack, out: Tensor | None = None) -> Tensor:
     """x: [M, heads, K], weight: one [N, K] per head -> [M, heads, N]; all but the last dimension may be strided."""
-    rows, heads, inputs = x.shape
+    w = weight
+    num_rows, heads, inputs = x.shape
     if out is None:
-        out = torch.empty(rows, heads, weight.outputs, dtype=x.dtype)
-    assert (heads, inputs) == (len(weight), weight.inputs) and not weight.is_gate_up, f"{x.shape} by {weight.shape}"
-    assert x.dtype == out.dtype == weight.data.dtype and x.stride(2) == out.stride(2) == 1
-    assert out.shape == (rows, heads, weight.outputs)
+        out = x.new_empty(num_rows, heads, w.outputs)
+    (x_row, x_head, x_step), (out_row, out_head, out_step) = x.stride(), out.stride()
+    assert (w.shape, x.dtype, x_step) == ((heads, w.outputs, inputs), w.dtype, 1), f"{x.shape} by {w.shape}"
+    assert not w.is_gate_up, "gate and up outputs are interleaved: for the MLP kernels only"
+    assert (out.shape, out.dtype, out_step) == ((num_rows, heads, w.outputs), x.dtype, 1), f"out: {out.shape}"
     _native.linear(
-        weight.is_bf16, False, x.data_ptr(), x.stride(0), x.stride(1), rows, heads,
-        weight.address, weight.outputs, inputs, 0, out.data_ptr(), out.stride(0), out.stride(1),
+        w.is_bf16, False, x.data_ptr(), x_row, x_head, num_rows, heads,
+        w.address, w.outputs, inputs, 0, out.data_ptr(), out_row, out_head,
     )  # fmt: skip
     return out
 
 
 def swiglu_mlp(x: Tensor, w13: PackedMatrix, w2: PackedMatrix, out: Tensor | None = None) -> Tensor:
     """x: [M, H], w13: [2I, H] packed as gate and up, w2: [H, I] -> [M, H]."""
-    return _mlp(x, None, None, w13.stack, w2.stack, out)
+    return _mlp(x, x.shape[0], 0, 0, w13.stack, w2.stack, out)
 
 
 def grouped_mlp(
@@ -161,29 +162,31 @@ def grouped_mlp(
     w2: PackedStack,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One MLP row per (token row, expert) pair, in the order given.
+    """One MLP row per (token row, expert) pair, in the order given; IndexError if there is no such row or expert.
 
     x: [n, H], row_of_pair, expert_of_pair: int64 [P] (expert = index into the stacks),
     w13: E matrices [2I, H] packed as gate and up, w2: E matrices [H, I] -> [P, H].
     """
-    return _mlp(x, row_of_pair, expert_of_pair, w13, w2, out)
+    (num_pairs,) = row_of_pair.shape
+    assert expert_of_pair.shape == row_of_pair.shape, f"{num_pairs} rows, {expert_of_pair.shape} experts"
+    for indices in (row_of_pair, expert_of_pair):
+        assert (indices.dtype, indices.is_contiguous()) == (torch.int64, True)
+    return _mlp(x, num_pairs, row_of_pair.data_ptr(), expert_of_pair.data_ptr(), w13, w2, out)
 
 
 def _mlp(
-    x: Tensor, row_of: Tensor | None, expert_of: Tensor | None, w13: PackedStack, w2: PackedStack, out: Tensor | None
+    x: Tensor, num_pairs: int, row_of: int, expert_of: int, w13: PackedStack, w2: PackedStack, out: Tensor | None
 ) -> Tensor:
-    pairs = x.shape[0] if row_of is None else row_of.shape[0]
+    """row_of, expert_of: addresses; 0: each row is a pair, the only expert is its own."""
+    num_rows, inputs = x.shape
     if out is None:
-        out = torch.empty(pairs, w2.outputs, dtype=x.dtype)
-    assert w13.is_gate_up and not w2.is_gate_up and w13.outputs == 2 * w2.inputs, f"{w13.shape} then {w2.shape}"
-    assert x.shape[1] == w13.inputs and x.dtype == w13.data.dtype == w2.data.dtype == out.dtype
-    assert out.shape == (pairs, w2.outputs) and x.stride(1) == out.stride(1) == 1
-    if row_of is not None and expert_of is not None:
-        assert row_of.dtype == expert_of.dtype == torch.int64 and expert_of.shape == row_of.shape
-        assert row_of.is_contiguous() and expert_of.is_contiguous()
+        out = x.new_empty(num_pairs, w2.outputs)
+    (x_stride, x_step), (out_stride, out_step) = x.stride(), out.stride()
+    assert (w13.is_gate_up, w2.is_gate_up, w13.outputs) == (True, False, 2 * w2.inputs), f"{w13.shape}, {w2.shape}"
+    assert (inputs, x.dtype, x_step, w2.dtype) == (w13.inputs, w13.dtype, 1, x.dtype), f"{x.shape} by {w13.shape}"
+    assert (out.shape, out.dtype, out_step) == ((num_pairs, w2.outputs), x.dtype, 1), f"out: {out.shape}"
     _native.mlp(
-        w13.is_bf16, x.data_ptr(), x.stride(0), x.shape[0],
-        0 if row_of is None else row_of.data_ptr(), 0 if expert_of is None else expert_of.data_ptr(), pairs, len(w13),
-        w13.address, w2.address, w13.inputs, w2.inputs, w2.outputs, out.data_ptr(), out.stride(0),
+        w13.is_bf16, x.data_ptr(), x_stride, num_rows, row_of, expert_of, num_pairs, len(w13),
+        w13.address, w2.address, inputs, w2.inputs, w2.outputs, out.data_ptr(), out_stride,
     )  # fmt: skip
     return out
