@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,14 @@ class ExpertBackend(Protocol):
         ...
 
     def collect(self, handle: Any) -> Tensor:
-        """[M, k, H]: row (m, s) is the output of expert topk_idx[m, s] for x[m]."""
+        """[M, k, H]: row (m, s) is the output of expert topk_idx[m, s] for x[m]. Valid until the next dispatch."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHandle:
+    memory: Tensor
+    rows: Tensor  # [M, k, H], its front
 
 
 class LocalExperts:
@@ -28,22 +35,40 @@ class LocalExperts:
 
     def __init__(self, weights: Mapping[int, ExpertWeights]) -> None:
         self._weights = weights
-        self._local_index = {layer: _local_index(stack.expert_ids) for layer, stack in weights.items()}
+        self._places = {layer: _places(stack.expert_ids) for layer, stack in weights.items()}
+        self._row_of_pair = torch.empty(0, dtype=torch.int64)
+        self._top_k = 0
+        self._spare: list[Tensor] = []  # memory for rows, [pairs, H] each
 
-    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> Tensor:
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> LocalHandle:
         num_tokens, top_k = topk_idx.shape
-        stack = self._weights[layer]
-        row_of_pair = torch.arange(num_tokens).repeat_interleave(top_k)
-        expert_of_pair = self._local_index[layer][topk_idx.reshape(-1)]
-        rows = stack.ops.grouped_mlp(x, row_of_pair, expert_of_pair, stack.w13, stack.w2)
-        return rows.view(num_tokens, top_k, -1)
+        num_pairs = num_tokens * top_k
+        stack, places = self._weights[layer], self._places[layer]
+        expert_of_pair = topk_idx.reshape(-1)
+        if places is not None:
+            expert_of_pair = places[expert_of_pair]
+        memory = self._spare.pop() if self._spare else x.new_empty(0, x.shape[1])
+        if len(memory) < num_pairs:
+            memory = x.new_empty(num_pairs, x.shape[1])
+        rows = memory[:num_pairs]
+        stack.ops.grouped_mlp(x, self._rows_of_pairs(num_tokens, top_k), expert_of_pair, stack.w13, stack.w2, out=rows)
+        return LocalHandle(memory, rows.view(num_tokens, top_k, -1))
 
-    def collect(self, handle: Tensor) -> Tensor:
-        return handle
+    def collect(self, handle: LocalHandle) -> Tensor:
+        self._spare.append(handle.memory)
+        return handle.rows
+
+    def _rows_of_pairs(self, num_tokens: int, top_k: int) -> Tensor:
+        """0 0 .. 1 1 ..: `top_k` times each."""
+        if len(self._row_of_pair) < num_tokens * top_k or top_k != self._top_k:
+            self._row_of_pair, self._top_k = torch.arange(num_tokens).repeat_interleave(top_k), top_k
+        return self._row_of_pair[: num_tokens * top_k]
 
 
-def _local_index(expert_ids: tuple[int, ...]) -> Tensor:
-    """Logical expert id -> row of the stack; -1 (which no gather accepts) where absent."""
+def _places(expert_ids: tuple[int, ...]) -> Tensor | None:
+    """Logical expert id -> row of the stack, -1 (which no gather accepts) where absent; None where they are equal."""
+    if expert_ids == tuple(range(len(expert_ids))):
+        return None
     table = torch.full((max(expert_ids) + 1,), -1, dtype=torch.int64)
     table[list(expert_ids)] = torch.arange(len(expert_ids))
     return table

@@ -6,9 +6,8 @@ part of its identity (DESIGN law 5) and never a matter of convenience.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -53,40 +52,39 @@ class AttentionPlan:
 
 
 def plan_attention(segments: Sequence[Segment], latent_dim: int, ops: Ops) -> AttentionPlan:
-    kept = [segment for segment in segments if segment.num]
-    positions, slots = _places(kept)
-    runs: list[Run] = []
-    first = 0
-    for absorbed, group in groupby(kept, key=lambda segment: segment.absorbed):
-        for members in [list(group)] if absorbed else [[segment] for segment in group]:
-            rows = slice(first, first + sum(segment.num for segment in members))
-            first = rows.stop
-            if absorbed:
-                tables = torch.from_numpy(_tables(members).repeat([s.num for s in members], axis=0))
-                runs.append(Run(rows, True, ops.plan_decode(positions[rows], tables, latent_dim)))
-            else:
-                (segment,) = members
-                table = torch.from_numpy(_tables(members)[0])
-                runs.append(Run(rows, False, ops.plan_prefill(segment.start, segment.num, table)))
-    return AttentionPlan(positions, slots, tuple(runs))
-
-
-def _places(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-    """Positions and slots, int64 [N] each."""
-    if not segments:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    nums = np.array([segment.num for segment in segments])
-    starts = np.array([segment.start for segment in segments])
+    segments = [segment for segment in segments if segment.num]
+    tables = _tables(segments)
+    nums = np.array([segment.num for segment in segments], dtype=np.int64)
+    ends = nums.cumsum()
     segment_of_row = np.arange(len(segments)).repeat(nums)
-    positions = np.arange(len(segment_of_row)) + (starts - nums.cumsum() + nums)[segment_of_row]
-    blocks = _tables(segments)[segment_of_row, positions // BLOCK_SIZE]
-    return torch.from_numpy(positions), torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE)
+    before = np.array([segment.start for segment in segments], dtype=np.int64) - ends + nums
+    positions = np.arange(len(segment_of_row)) + before[segment_of_row]
+    slots = tables[segment_of_row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    runs, first = [], 0
+    for absorbed, last in _runs(segments):
+        rows = slice(int(ends[first - 1]) if first else 0, int(ends[last - 1]))
+        if absorbed:
+            own_tables = torch.from_numpy(tables[segment_of_row[rows]])
+            plan = ops.plan_decode(torch.from_numpy(positions[rows]), own_tables, latent_dim)
+        else:
+            plan = ops.plan_prefill(segments[first].start, segments[first].num, torch.from_numpy(tables[first]))
+        runs.append(Run(rows, absorbed, plan))
+        first = last
+    return AttentionPlan(torch.from_numpy(positions), torch.from_numpy(slots), tuple(runs))
+
+
+def _runs(segments: Sequence[Segment]) -> Iterator[tuple[bool, int]]:
+    """Form and end (as a place among the segments) of each run."""
+    for index, segment in enumerate(segments):
+        goes_on = segment.absorbed and index + 1 < len(segments) and segments[index + 1].absorbed
+        if not goes_on:
+            yield segment.absorbed, index + 1
 
 
 def _tables(segments: Sequence[Segment]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """[segments, width]; what a table has less than the widest is block 0, which nobody reads."""
     widths = [-(-(segment.start + segment.num) // BLOCK_SIZE) for segment in segments]
-    tables = np.zeros((len(segments), max(widths)), dtype=np.int64)
+    tables = np.zeros((len(segments), max(widths, default=0)), dtype=np.int64)
     for row, (segment, width) in enumerate(zip(segments, widths, strict=True)):
         end = segment.start + segment.num
         assert len(segment.block_table) >= width, f"{len(segment.block_table)} blocks do not reach position {end - 1}"

@@ -33,5 +33,17 @@ def test_a_stack_in_another_order_gives_the_same_bits(small: SmallModel) -> None
     order = torch.randperm(16)
     stack = small.experts[1]
     shuffled = ExpertWeights(stack.w13[order], stack.w2[order], tuple(order.tolist()))
-    rows = LocalExperts(small.experts).dispatch(1, x, topk_idx)
-    assert torch.equal(LocalExperts({1: shuffled}).dispatch(1, x, topk_idx), rows)
+    one, other = LocalExperts(small.experts), LocalExperts({1: shuffled})
+    rows = one.collect(one.dispatch(1, x, topk_idx))
+    assert torch.equal(other.collect(other.dispatch(1, x, topk_idx)), rows)
+
+
+def test_rows_that_are_not_collected_yet_keep_their_memory(small: SmallModel) -> None:
+    experts, topk_idx = LocalExperts(small.experts), torch.randint(16, (6, 4))
+    inputs = [torch.randn(num, small.config.hidden_size) for num in (6, 3, 5, 6)]
+    expected = []
+    for x in inputs:
+        expected.append(experts.collect(experts.dispatch(1, x, topk_idx[: len(x)])).clone())
+    handles = [experts.dispatch(1, x, topk_idx[: len(x)]) for x in inputs]
+    for handle, rows in zip(handles, expected, strict=True):
+        assert torch.equal(experts.collect(handle), rows)
