@@ -98,6 +98,10 @@ class Checkpoint:
             more = f" (and {len(problems) - 1} more tensors are wrong)" if len(problems) > 1 else ""
             raise CheckpointError(problems[0] + more)
 
+    def has_mtp(self, config: ModelConfig) -> bool:
+        """Whether the MTP module that serving drafts with is here; many checkpoints leave it out."""
+        return bool(mtp_layers(config)) and self.has(f"model.layers.{config.num_hidden_layers}.eh_proj.weight")
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of its own, not a view of the file."""
         return self.read_into(name, torch.empty(self.spec(name).shape, dtype=dtype))

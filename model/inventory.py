@@ -25,7 +25,7 @@ from .parameter_counts import (
     count_stored,
     tensors_of,
 )
-from .tensor_names import expert_tensors, mtp_layers
+from .tensor_names import expert_tensors, mtp_copies, mtp_layers
 
 WorkerRole = Literal["attention", "expert"]
 
@@ -76,10 +76,19 @@ def describe(path: Path) -> Inventory:
     )
 
 
-def bytes_for_role(config: ModelConfig, dtype: torch.dtype, role: WorkerRole, expert_ids: Collection[int] = ()) -> int:
+def bytes_for_role(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    role: WorkerRole,
+    expert_ids: Collection[int] = (),
+    has_mtp: bool = False,
+) -> int:
     """Resident weights of a worker; an attention worker with `expert_ids` holds these experts too (colocated)."""
     shapes = tensors_of(config, "attention") if role == "attention" else {}
-    for layer in range(config.num_hidden_layers):
+    if has_mtp and role == "attention":
+        modules, copies = tensors_of(config, "mtp").items(), mtp_copies(config)
+        shapes |= {name: shape for name, shape in modules if ".mlp.experts." not in name and name not in copies}
+    for layer in range(config.num_hidden_layers + has_mtp):
         shapes |= expert_tensors(config, layer, expert_ids)
     # The gate decides in fp32 whatever the rest is in.
     gates = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp.gate." in name)

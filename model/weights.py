@@ -11,7 +11,7 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .network_weights import PLAIN, AttentionWeights, ExpertWeights, build_attention_weights
 from .ops import Ops
-from .tensor_names import Role, expected_tensors
+from .tensor_names import Role, expected_tensors, mtp_copies
 
 Progress = Callable[[int, int], None]  # bytes of weights in place, bytes to load
 Part = tuple[str, Tensor]  # a tensor's name and the slice of a stack that it fills
@@ -27,6 +27,7 @@ def load_attention(
 ) -> AttentionWeights:
     """Everything but the routed experts, packed for `ops`; MTP modules, less their experts, if asked for and present.
 
+    A module's embedding and head are copies of the main ones, which serve for both: neither is read nor held twice.
     Each matrix is packed as soon as it is read, so that not more than one is held twice.
     """
     roles: tuple[Role, ...] = ("attention", "mtp") if has_mtp else ("attention",)
@@ -98,10 +99,9 @@ def _num_elements(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _attention_names(checkpoint: Checkpoint, config: ModelConfig, roles: tuple[Role, ...]) -> frozenset[str]:
-    # Only the copies may be absent one by one; `check` has seen to the rest.
-    return frozenset(
-        name for name in expected_tensors(config, roles) if ".mlp.experts." not in name and checkpoint.has(name)
-    )
+    # Whole modules may be absent; `check` has seen to the rest.
+    names = {name for name in expected_tensors(config, roles) if ".mlp.experts." not in name and checkpoint.has(name)}
+    return frozenset(names - mtp_copies(config))
 
 
 def _check_expert_ids(config: ModelConfig, expert_ids: Collection[int]) -> None:

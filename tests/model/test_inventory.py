@@ -99,6 +99,19 @@ def test_bytes_for_role_are_what_loading_leaves_resident(
     assert bytes_for_role(config, dtype, "attention", [1, 4, 5]) == attention + experts
 
 
+def test_bytes_of_the_mtp_module_are_counted_where_it_is_loaded(write_checkpoint: WriteCheckpoint) -> None:
+    checkpoint = Checkpoint(write_checkpoint())
+    config, dtype = checkpoint.config, torch.bfloat16
+    assert checkpoint.has_mtp(config)
+    weights = load_attention(checkpoint, config, dtype, has_mtp=True)
+    shared = 2 * weights.embed_tokens.nbytes  # held once, met twice
+    attention = sum(tensor.nbytes for tensor in tensors_of(weights)) - shared
+    stacks = load_experts(checkpoint, config, range(config.num_hidden_layers + 1), [2, 3], dtype)
+    experts = sum(tensor.nbytes for tensor in tensors_of(tuple(stacks.values())))
+    assert bytes_for_role(config, dtype, "attention", has_mtp=True) == attention
+    assert bytes_for_role(config, dtype, "expert", [2, 3], has_mtp=True) == experts
+
+
 def test_too_little_memory_is_said_with_both_figures() -> None:
     check_memory(10**9, 10**9)
     message = r"needs 12\.3 GB for the weights, 8\.00 GB of memory available: load as bfloat16"

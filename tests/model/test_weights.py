@@ -18,6 +18,7 @@ from braid.kernels.reference import linear
 from braid.model.checkpoint import Checkpoint
 from braid.model.network_weights import from_state_dict
 from braid.model.safetensors_file import CheckpointError
+from braid.model.tensor_names import mtp_copies
 from braid.model.torch_ops import TorchOps
 from braid.model.weights import load_attention, load_experts
 
@@ -46,7 +47,7 @@ print(json.dumps({"peak": status("VmHWM") - before, "resident": seen[-1][1], "do
 
 
 def stored(path: Path) -> dict[str, Tensor]:
-    """Every tensor as float32, fp8 dequantised."""
+    """Every tensor as float32, fp8 dequantised; without the MTP module's copies, for which the main ones serve."""
     raw = {name: tensor for shard in path.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     state = {}
     for name, tensor in raw.items():
@@ -54,7 +55,7 @@ def stored(path: Path) -> dict[str, Tensor]:
             state[name] = dequantise(tensor, raw[name + "_scale_inv"], torch.empty(tensor.shape))
         elif not name.endswith("_scale_inv"):
             state[name] = tensor.float()
-    return state
+    return {name: tensor for name, tensor in state.items() if name not in mtp_copies(Checkpoint(path).config)}
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -149,6 +150,14 @@ def test_an_attention_worker_reads_no_routed_expert_and_no_mtp_unless_asked(writ
     weights = load_attention(checkpoint, checkpoint.config, torch.float32)
     assert weights.mtp == ()
     assert not any(".mlp.experts." in name or ".layers.3." in name for name in checkpoint.names_read)
+
+
+def test_the_mtp_modules_copies_are_neither_read_nor_held_twice(write_checkpoint: WriteCheckpoint) -> None:
+    checkpoint = Checkpoint(write_checkpoint())
+    weights = load_attention(checkpoint, checkpoint.config, torch.float32, has_mtp=True)
+    assert weights.mtp[0].embed_tokens is weights.embed_tokens
+    assert weights.mtp[0].shared_head is weights.lm_head
+    assert not mtp_copies(checkpoint.config) & checkpoint.names_read
 
 
 @pytest.mark.parametrize("role", ["attention", "experts"])
