@@ -13,7 +13,6 @@ import torch
 from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, Segment
 from ..model.sampler import NothingToSample, SampledToken, prompt_logprobs, sample
-from .kv_transfer import LayerSender
 from .requests import Requests, wire_logprob
 from .scheduler import Chunk, Plan
 from .sequence import Sequence
@@ -51,19 +50,19 @@ class Engine:
     def _run(self, plan: Plan) -> None:
         batch = _batch_of(plan)
         prompts = [chunk for chunk in plan if not chunk.absorbed]
-        bound = [(chunk, link) for chunk in prompts if (link := self.requests.kv_link(chunk.sequence))]
         now = time.time_ns()
         for chunk in prompts:
             chunk.sequence.started_ns = chunk.sequence.started_ns or now
         self.experts.phase = 0 if len(prompts) < len(plan) else 1
         try:
-            logits = self.model.forward(batch, LayerSender(self.requests.cache, bound)).logits
+            logits = self.model.forward(batch, self.requests.layer_sender(plan)).logits
         finally:
             lost_rows = self.experts.take_failed()  # rows of this batch: none may be left for the next one
         self.experts.end_step()
         self.requests.counters["steps"] += 1
         self.requests.counters["tokens"] += len(batch.token_ids)
         self._postprocess(plan, logits, self._fail_rows(plan, lost_rows))
+        self.requests.hand_over_ready(plan)
 
     def _postprocess(self, plan: Plan, logits: torch.Tensor, failed: set[Sequence]) -> None:
         """logits rows: per chunk all its rows (prompt log-probabilities), its last one (it yields a token) or none."""
@@ -132,7 +131,9 @@ class Engine:
 
 
 def _scores_prompt(chunk: Chunk) -> bool:
-    return not chunk.absorbed and chunk.sequence.params.prompt_logprobs is not None
+    """A replay has told its prompt's log-probabilities already."""
+    sequence = chunk.sequence
+    return not chunk.absorbed and sequence.params.prompt_logprobs is not None and not sequence.num_generated
 
 
 def _num_logit_rows(chunk: Chunk) -> int:

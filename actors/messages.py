@@ -46,7 +46,10 @@ WireLogprob = list[Any]  # [logprob, [[token_id, logprob], ...]]
 
 @dataclass(slots=True)
 class Submit:
-    """A request as a front end hands it to a prefill worker. `deadline` is Unix time in seconds."""
+    """A request as a front end hands it to a prefill worker. `deadline` is Unix time in seconds.
+
+    `priority`: lower is served first. `caller`: who asks; callers of one priority take turns.
+    """
 
     id: str
     prompt: list[int]
@@ -55,6 +58,8 @@ class Submit:
     carrier: dict[str, str]
     deadline: float
     front: str
+    priority: int = 0
+    caller: str = ""
 
     def pack(self) -> bytes:
         return pack(asdict(self))
@@ -82,9 +87,10 @@ class TokenItem:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-# layer u16, request number u32 (unique per link), first position u32, number of positions u32
-KV_LAYER = struct.Struct("<HIII")
+# layer u16, request number u32 (unique per link), first position u32, number of positions u32, CRC-32 of the rows u32
+# (0 where engine.kv_checksums is off)
+KV_LAYER = struct.Struct("<HIIII")
 # dispatch id u64, map epoch u64, layer u16, phase u8 (0 decode, 1 prefill), dtype u8, rows u32, pairs u32
 DISPATCH = struct.Struct("<QQHBBII")
-# dispatch id u64, pairs u32, compute time in nanoseconds u64
-ROWS = struct.Struct("<QIQ")
+# dispatch id u64, pairs u32, nanoseconds u64 that it waited, that computing took (its whole batch), and until the reply
+ROWS = struct.Struct("<QIQQQ")

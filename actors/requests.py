@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..model.config import ModelConfig
 from ..model.kv_cache import LatentCache
 from ..model.sampler import SampledToken
-from .kv_transfer import open_message, receive_layer, sequence_from_open
+from .kv_transfer import Damaged, LayerSender, open_message, receive_layer, sequence_from_open, take_spans
 from .links import Link
 from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, pack, unpack
 from .peers import Peers
 from .reactor import Closed, Event, Opened, Received
-from .scheduler import Scheduler
+from .scheduler import Plan, Scheduler
 from .sequence import Sequence, State
 from .tracing import Attributes, Tracer
 
@@ -40,12 +40,14 @@ class Requests:
         scheduler: Scheduler,
         tracer: Tracer,
         describe_load: Callable[[], dict[str, Any]],
+        kv_checksums: bool = False,
     ) -> None:
         self.name = name
         self.config = config
         self.cache = cache
         self.scheduler = scheduler
         self.tracer = tracer
+        self.kv_checksums = kv_checksums
         self.peers = Peers(describe_load)
         self.counters: Counter[str] = Counter()
         self._sequences: dict[str, Sequence] = {}
@@ -129,27 +131,33 @@ class Requests:
         else:
             self._sequences[sequence.id] = sequence
             self._receiving[event.link.peer.name, sequence.number] = sequence
-            self.peers.send(event.link, Kind.KV_ACCEPTED, pack({"number": sequence.number}))
+            accepted = {"number": sequence.number, "have": sequence.cached_tokens}
+            self.peers.send(event.link, Kind.KV_ACCEPTED, pack(accepted))
             return
         self.peers.send(event.link, Kind.KV_REFUSED, pack({"number": sequence.number, "reason": reason}))
 
     def _on_kv_layer(self, event: Received) -> None:
-        num_bytes = receive_layer(self.cache, self._receiving, event.link, event.message)
-        self.counters["kv_bytes_in"] += num_bytes
+        try:
+            receive_layer(self.cache, self._receiving, event.link, event.message, self.kv_checksums)
+        except Damaged as error:
+            self.counters["kv_damaged"] += 1
+            self.fail(error.sequence, "unavailable", str(error))
 
     def _on_kv_done(self, event: Received) -> None:
         body = unpack(event.message.meta)
         sequence = self._receiving.pop((event.link.peer.name, body["number"]), None)
         if sequence is None:
             return
-        expected = sequence.num_prompt * self.config.num_hidden_layers
+        expected = (sequence.num_prompt - sequence.cached_tokens) * len(self.cache.layers)
         if sequence.rows_received != expected:
             told = f"{sequence.rows_received} of {expected} latent rows arrived from {event.link.peer.name}"
             self.fail(sequence, "internal", told)
             return
         sequence.num_computed = sequence.num_prompt
         sequence.tokens.append(body["token_id"])
+        sequence.drafts = body["drafts"]
         sequence.started_ns = time.time_ns()
+        self.counters["kv_bytes_in"] += sequence.kv_bytes
         self.scheduler.start_decode(sequence)
 
     def _on_kv_abort(self, event: Received) -> None:
@@ -158,9 +166,10 @@ class Requests:
             self._forget(sequence)
 
     def _on_kv_accepted(self, event: Received) -> None:
-        sequence = self._sent.get((event.link.peer.name, unpack(event.message.meta)["number"]))
+        body = unpack(event.message.meta)
+        sequence = self._sent.get((event.link.peer.name, body["number"]))
         if sequence is not None:
-            sequence.accepted = True
+            sequence.accepted, sequence.kv_have = True, body["have"]
             if sequence.state == "handover":
                 self._hand_over(sequence)
 
@@ -202,30 +211,55 @@ class Requests:
             self._emit(sequence, self.item(sequence, [token]))
         elif sequence.target:
             sequence.first_token, sequence.state = token, "handover"
-            if sequence.accepted:
-                self._hand_over(sequence)
         else:
             self._emit(sequence, self.item(sequence, [token]))
             self._trace_prefill(sequence)
             sequence.started_ns = time.time_ns()
             self.scheduler.start_decode(sequence)
 
+    def layer_sender(self, plan: Plan) -> LayerSender:
+        """The `on_layer` hook of a step: every layer's new prompt rows leave as soon as it has run."""
+        bound = [(chunk, link) for chunk in plan if not chunk.absorbed and (link := self.kv_link(chunk.sequence))]
+        spans = [span for chunk, link in bound for span in take_spans(chunk.sequence, link, chunk.start + chunk.num)]
+        return LayerSender(self.cache, spans, self.kv_checksums)
+
+    def hand_over_ready(self, plan: Plan) -> None:
+        """At the end of a step: whose first token is known goes to its decode worker, if that one has accepted."""
+        for chunk in plan:
+            if chunk.sequence.state == "handover" and chunk.sequence.accepted:
+                self._hand_over(chunk.sequence)
+
     def _hand_over(self, sequence: Sequence) -> None:
-        """The prompt's rows have left and the decode worker has room: it goes on from the first token."""
-        token = sequence.first_token
+        """The prompt's rows leave and the decode worker has room: it goes on from the first token."""
+        token, link = sequence.first_token, self.kv_link(sequence)
         assert token is not None, f"{sequence.id} handed over without a first token"
-        link = self.kv_link(sequence)
-        done = pack({"number": sequence.number, "token_id": token.token_id})
+        if link is not None:
+            send_rest = LayerSender(self.cache, take_spans(sequence, link, sequence.num_prompt), self.kv_checksums)
+            for layer in range(len(self.cache.layers)):
+                send_rest(layer)
+        done = pack({"number": sequence.number, "token_id": token.token_id, "drafts": sequence.drafts})
         if link is None or not self.peers.send(link, Kind.KV_DONE, done):
             self.fail(sequence, "unavailable", f"decode worker {sequence.target} is gone")
             return
         del self._sent[sequence.target, sequence.number]
-        self._emit(sequence, self.item(sequence, [token]))
+        self._emit(sequence, self.item(sequence, [token], transfer=self._note_transfer(sequence)))
         self._trace_prefill(sequence)
-        attributes: Attributes = {"braid.kv.bytes": sequence.kv_bytes, "braid.to": sequence.target}
-        self.tracer.record("kv_transfer", sequence.carrier, sequence.kv_started_ns, time.time_ns(), attributes)
-        self.counters["kv_bytes_out"] += sequence.kv_bytes
         self._forget(sequence)
+
+    def _note_transfer(self, sequence: Sequence) -> dict[str, float]:
+        """Counts and traces it. `kv_send_s` is the part of its time in which nothing else was done."""
+        now = time.time_ns()
+        started_ns = sequence.kv_started_ns or now  # 0: the decode worker held every row
+        spent = {"kv_s": (now - started_ns) / 1e9, "kv_send_s": sequence.kv_send_ns / 1e9}
+        attributes: Attributes = {
+            "braid.kv.bytes": sequence.kv_bytes,
+            "braid.kv.send_s": spent["kv_send_s"],
+            "braid.kv.tokens_held": sequence.kv_have,
+            "braid.to": sequence.target,
+        }
+        self.tracer.record("kv_transfer", sequence.carrier, started_ns, now, attributes)
+        self.counters["kv_bytes_out"] += sequence.kv_bytes
+        return {**spent, "kv_bytes": sequence.kv_bytes}
 
     def kv_link(self, sequence: Sequence) -> Link | None:
         return self.peers.link_to(sequence.target) if (sequence.target, sequence.number) in self._sent else None
@@ -279,7 +313,13 @@ class Requests:
 
     # ---- messages out
 
-    def item(self, sequence: Sequence, tokens: list[SampledToken], finish: Finish | None = None) -> TokenItem:
+    def item(
+        self,
+        sequence: Sequence,
+        tokens: list[SampledToken],
+        finish: Finish | None = None,
+        transfer: Mapping[str, float] | None = None,
+    ) -> TokenItem:
         wanted = sequence.params.logprobs is not None
         first = not tokens or sequence.num_generated == 1
         return TokenItem(
@@ -289,7 +329,8 @@ class Requests:
             logprobs=[wire_logprob(token) for token in tokens] if wanted else None,
             prompt_logprobs=sequence.prompt_logprobs if first and sequence.prompt_logprobs else None,
             finish=finish,
-            timing={"queue_s": (sequence.started_ns - sequence.arrived_ns) / 1e9} if first else {},
+            cached=sequence.cached_tokens if first else 0,
+            timing={"queue_s": (sequence.started_ns - sequence.arrived_ns) / 1e9, **(transfer or {})} if first else {},
         )
 
     def _emit(self, sequence: Sequence, item: TokenItem) -> None:

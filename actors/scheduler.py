@@ -1,16 +1,23 @@
-"""Continuous batching: which sequences run in the next step. Pure: no clock, no socket, no tensor.
+"""Continuous batching: which rows of which sequences run in the next step. Pure: no clock, no socket, no tensor.
 
-Every sequence reserves the blocks of its whole possible length when it is admitted, so a running sequence never has
-to be preempted: a full cache makes newcomers wait, and a full queue refuses them.
+A sequence takes blocks as it grows. When none is left, the running sequence of the lowest priority, and of these the
+newest, is preempted: it gives up its blocks, waits ahead of everything of its priority, and is replayed from its
+tokens, to the same bits: the prompt in the MHA form, what it had generated in the absorbed form (DESIGN law 5).
+The oldest sequence of the highest priority is never a victim, so it always comes to its end.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from ..model.kv_cache import BlockAllocator, blocks_for
+from ..model.kv_cache import BLOCK_SIZE, BlockAllocator, OutOfBlocks, blocks_for
+from ..router.fair_queue import FairQueue
+from ..router.prefix_keys import prefix_keys
 from .sequence import Sequence
+
+MIXED_SHARE = 8  # while sequences decode, prompts get one part in so many of a step's rows: no token waits long
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +54,34 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_batch_tokens = max_batch_tokens
         self.max_waiting = max_waiting
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self.prefilling: list[Sequence] = []
         self.receiving: list[Sequence] = []
         self.decoding: list[Sequence] = []
+        self.counters: Counter[str] = Counter(prefix_query_tokens=0, prefix_hit_tokens=0, preemptions=0)
+        self._num_entered = 0
+
+    # ---- sequences come and go
 
     def submit(self, sequence: Sequence) -> bool:
         """Queues a prompt; False when the queue is full or the sequence could never fit."""
-        too_long = blocks_for(self._positions(sequence)) > self.allocator.num_total
-        if too_long or len(self.waiting) >= self.max_waiting:
+        if not self._could_fit(sequence) or len(self.waiting) >= self.max_waiting:
             return False
-        self.waiting.append(sequence)
+        self._enter(sequence)
+        self.waiting.push(sequence, sequence.priority, sequence.caller)
         return True
 
     def reserve(self, sequence: Sequence) -> bool:
-        """Takes blocks for a sequence whose prompt another worker computes; False when there is no room now."""
-        if self._num_decoders >= self.max_sequences:
+        """Takes blocks for a sequence whose prompt another worker computes; False when there is no room now.
+
+        `cached_tokens` of the prompt are here already. Whoever was preempted here comes before newcomers.
+        """
+        is_replay_due = any(waiting.num_generated for waiting in self.waiting)
+        if is_replay_due or self._num_decoders >= self.max_sequences or not self._could_fit(sequence):
             return False
-        if not self._allocate(sequence, sequence.max_length):
+        if not self._allocate(sequence, self._keys(sequence)):
             return False
+        self._enter(sequence)
         sequence.state = "receiving"
         self.receiving.append(sequence)
         return True
@@ -74,76 +90,182 @@ class Scheduler:
         """The prompt's latent rows are all here and the first token is known."""
         queue = self.receiving if sequence.state == "receiving" else self.prefilling
         queue.remove(sequence)
+        self._publish(sequence)
         sequence.state = "decode"
         self.decoding.append(sequence)
-
-    def computed(self, chunk: Chunk, num_accepted: int = 0) -> None:
-        """A step has run: the latent rows of the chunk, and of its first `num_accepted` drafts, are in the cache."""
-        chunk.sequence.num_computed = chunk.start + chunk.num + num_accepted
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out wherever it stands and frees its blocks at once."""
         assert sequence.state != "finished", f"sequence {sequence.id} finished twice"
-        for queue in (self.waiting, self.prefilling, self.receiving, self.decoding):
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        for queue in (self.prefilling, self.receiving, self.decoding):
             if sequence in queue:
                 queue.remove(sequence)
-        self.allocator.free(sequence.block_table)
-        sequence.block_table = []
+        self._release(sequence)
         sequence.state = "finished"
 
+    def _enter(self, sequence: Sequence) -> None:
+        sequence.order, self._num_entered = self._num_entered, self._num_entered + 1
+
+    # ---- a step
+
     def plan(self) -> Plan:
-        """Decodes first, then prompts in order of arrival; a prompt that does not fit yet keeps its place."""
+        """Decodes first, then prompts: a better priority before older ones, callers in turn."""
+        self._grow()
         budget = self.max_batch_tokens - len(self.decoding)
-        chunks = [Chunk(sequence, sequence.num_computed, 1, absorbed=True) for sequence in self.decoding]
-        for sequence in self.prefilling:
-            if sequence.state == "prefill" and budget > 0:
-                chunks.append(self._chunk(sequence, budget))
-                budget -= chunks[-1].num
-        while self.waiting and budget > 0 and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.prefilling.append(sequence)
-            chunks.append(self._chunk(sequence, budget))
-            budget -= chunks[-1].num
+        known_rows = self._known_rows(budget)
+        chunks: Plan = []
+        for sequence in self.decoding:
+            chunk = self._decode_chunk(sequence, min(known_rows, budget), budget)
+            budget -= chunk.num_rows - 1
+            known_rows -= chunk.num - 1
+            chunks.append(chunk)
+        return chunks + self._prompt_chunks(min(known_rows, budget))
+
+    def _known_rows(self, budget: int) -> int:
+        """How many rows of prompts and replays a step may have beside one row for each decoding sequence."""
+        if any(sequence.num_computed + 1 == len(sequence.tokens) for sequence in self.decoding):
+            return min(budget, max(self.max_batch_tokens // MIXED_SHARE, BLOCK_SIZE))
+        return budget
+
+    def _decode_chunk(self, sequence: Sequence, max_replayed: int, max_drafts: int) -> Chunk:
+        """The newest token's row and the drafts after it; in a replay, as many known rows as there is room for."""
+        start, length = sequence.num_computed, len(sequence.tokens)
+        if start + 1 < length:
+            return Chunk(sequence, start, min(length - start, 1 + max_replayed), absorbed=True)
+        wanted = max(min(len(sequence.drafts), max_drafts, sequence.max_length - length), 0)
+        if not _reaches(sequence, length + wanted) and self.allocator.num_free:
+            sequence.block_table += self.allocator.allocate(1)
+        fitting = min(wanted, len(sequence.block_table) * BLOCK_SIZE - length)
+        return Chunk(sequence, start, 1, absorbed=True, drafts=tuple(sequence.drafts[:fitting]))
+
+    def _prompt_chunks(self, budget: int) -> Plan:
+        chunks: Plan = []
+        begun = deque(sorted((s for s in self.prefilling if s.state == "prefill"), key=_rank))
+        while budget > 0:
+            head = self.waiting.peek()
+            is_head_next = head is not None and (not begun or head.priority < begun[0].priority)
+            if head is not None and is_head_next and self._admit(head):
+                sequence = head
+            elif begun:
+                sequence = begun.popleft()
+            else:
+                break
+            num = min(budget, sequence.num_prompt - sequence.num_computed)
+            chunks.append(Chunk(sequence, sequence.num_computed, num, absorbed=False))
+            budget -= num
         return chunks
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        waiting = sum(sequence.num_prompt for sequence in self.waiting)
-        return waiting + sum(s.num_prompt - s.num_computed for s in self.prefilling)
-
-    def all(self) -> list[Sequence]:
-        return [*self.waiting, *self.prefilling, *self.receiving, *self.decoding]
-
-    def check(self) -> None:
-        """Invariants: every block is either free or owned by exactly one live sequence."""
-        owned = [block for sequence in self.all() for block in sequence.block_table]
-        assert len(owned) == len(set(owned)), "a block is owned by two sequences"
-        total = len(owned) + self.allocator.num_free
-        assert total == self.allocator.num_total, f"{self.allocator.num_total - total} blocks lost"
+    def _admit(self, sequence: Sequence) -> bool:
+        """The head of the queue gets its blocks; one that does not fit yet keeps its place, and no other overtakes."""
+        if not sequence.target and self._num_decoders >= self.max_sequences:
+            return False
+        is_scored = sequence.params.prompt_logprobs is not None and not sequence.num_generated
+        keys = [] if is_scored else self._keys(sequence)[: (sequence.num_prompt - 1) // BLOCK_SIZE]
+        if not self._allocate(sequence, keys):
+            return False
+        if not sequence.num_generated:
+            self.counters["prefix_query_tokens"] += sequence.num_prompt
+            self.counters["prefix_hit_tokens"] += sequence.cached_tokens
+        self.waiting.pop()
+        sequence.state = "prefill"
+        self.prefilling.append(sequence)
+        return True
 
     @property
     def _num_decoders(self) -> int:
         """Sequences that decode here or will, wherever their prompt is computed."""
         return len(self.receiving) + len(self.decoding) + sum(not sequence.target for sequence in self.prefilling)
 
+    def computed(self, chunk: Chunk, num_accepted: int = 0) -> None:
+        """A step has run: the latent rows of the chunk, and of its first `num_accepted` drafts, are in the cache."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.start + chunk.num + num_accepted
+        if not chunk.absorbed:
+            self._publish(sequence)
+            if sequence.num_computed == sequence.num_prompt and sequence.num_generated:
+                self.start_decode(sequence)  # a replay: the tokens it had generated are known rows now
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        waiting = sum(len(sequence.tokens) for sequence in self.waiting)
+        return waiting + sum(s.num_prompt - s.num_computed for s in self.prefilling)
+
+    def all(self) -> list[Sequence]:
+        return [*self.waiting, *self.prefilling, *self.receiving, *self.decoding]
+
+    def check(self) -> None:
+        """Invariants: every block is free, idle or held by exactly those whose tables name it."""
+        self.allocator.check([sequence.block_table for sequence in self.all()])
+        for sequence in self.all():
+            has_room = len(sequence.block_table) * BLOCK_SIZE >= sequence.num_computed
+            assert has_room, f"{sequence.id}: {sequence.num_computed} rows in {len(sequence.block_table)} blocks"
+
+    # ---- blocks
+
+    def _grow(self) -> None:
+        """Gives every decoding sequence room for its newest token, the best placed first."""
+        for sequence in sorted(self.decoding, key=_rank):
+            while sequence.state == "decode" and not _reaches(sequence, len(sequence.tokens)):
+                if self.allocator.num_free:
+                    sequence.block_table += self.allocator.allocate(1)
+                else:
+                    self._preempt(max(self._victims(), key=_rank))
+
+    def _victims(self) -> list[Sequence]:
+        """Those whose end depends on nobody else: rows on their way to or from another worker are not asked twice."""
+        return self.decoding + [s for s in self.prefilling if s.state == "prefill" and not s.target]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        (self.decoding if sequence.state == "decode" else self.prefilling).remove(sequence)
+        self._release(sequence)
+        sequence.state = "waiting"
+        sequence.num_computed = 0
+        sequence.drafts = []
+        sequence.prompt_logprobs = []  # sent with the first token, or begun anew
+        self.waiting.put_back(sequence, sequence.priority, sequence.caller)
+        self.counters["preemptions"] += 1
+
+    def _allocate(self, sequence: Sequence, keys: Items[bytes]) -> bool:
+        """Blocks for what is known and the next token; those under `keys` that are here need not be computed."""
+        num_positions = min(len(sequence.tokens) + 1, self._positions(sequence))
+        try:
+            blocks, num_shared = self.allocator.allocate_after(keys, blocks_for(num_positions))
+        except OutOfBlocks:
+            return False
+        sequence.block_table = blocks
+        sequence.cached_tokens = sequence.num_computed = num_shared * BLOCK_SIZE
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self.allocator.free(sequence.block_table)
+        sequence.block_table = []
+
+    def _publish(self, sequence: Sequence) -> None:
+        """What a prompt's full blocks hold is of use to others; generated rows have other bits, and stay private."""
+        num_full = min(sequence.num_computed, sequence.num_prompt) // BLOCK_SIZE
+        keys = self._keys(sequence)
+        for block, key in zip(sequence.block_table, keys[:num_full], strict=False):
+            self.allocator.publish(block, key)
+
+    def _keys(self, sequence: Sequence) -> list[bytes]:
+        if not sequence.prefix_keys:
+            sequence.prefix_keys = prefix_keys(sequence.tokens[: sequence.num_prompt], BLOCK_SIZE)
+        return sequence.prefix_keys
+
+    def _could_fit(self, sequence: Sequence) -> bool:
+        return blocks_for(self._positions(sequence)) <= self.allocator.num_total
+
     def _positions(self, sequence: Sequence) -> int:
+        """How many rows of it this worker may ever hold."""
         return sequence.num_prompt if sequence.target else sequence.max_length
 
-    def _admit(self, sequence: Sequence) -> bool:
-        if not sequence.target and self._num_decoders >= self.max_sequences:
-            return False
-        if not self._allocate(sequence, self._positions(sequence)):
-            return False
-        sequence.state = "prefill"
-        return True
 
-    def _allocate(self, sequence: Sequence, num_positions: int) -> bool:
-        needed = blocks_for(num_positions)
-        if needed > self.allocator.num_free:
-            return False
-        sequence.block_table = self.allocator.allocate(needed)
-        return True
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Small for what comes first: it is given blocks before others, and preempted after them."""
+    return sequence.priority, sequence.order
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        num = min(budget, sequence.num_prompt - sequence.num_computed)
-        return Chunk(sequence, sequence.num_computed, num, absorbed=False)
+
+def _reaches(sequence: Sequence, num_positions: int) -> bool:
+    return len(sequence.block_table) * BLOCK_SIZE >= num_positions

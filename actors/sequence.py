@@ -19,7 +19,9 @@ State = Literal["waiting", "prefill", "handover", "receiving", "decode", "finish
 class Sequence:
     """`tokens` = prompt + generated; positions below `num_computed` have their latent rows in the cache.
 
-    `drafts` are guesses at the tokens after the last one, to be verified by the next step.
+    `drafts` are guesses at the tokens after the last one, to be verified by the next step. `order` is that of arrival
+    at this worker; `cached_tokens` of the prompt were here when it began. `kv_have` leading rows are at the decode
+    worker without our sending them; `kv_sent` are the positions that have been sent to it.
     """
 
     id: str
@@ -34,6 +36,11 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     drafts: list[int] = field(default_factory=list)
+    priority: int = 0
+    caller: str = ""
+    order: int = 0
+    prefix_keys: list[bytes] = field(default_factory=list)
+    cached_tokens: int = 0
     accepted: bool = False
     number: int = 0
     source: str = ""
@@ -42,7 +49,10 @@ class Sequence:
     first_token: SampledToken | None = None
     arrived_ns: int = field(default_factory=time.time_ns)
     started_ns: int = 0
+    kv_have: int = 0
+    kv_sent: tuple[int, int] | None = None
     kv_started_ns: int = 0
+    kv_send_ns: int = 0
     kv_bytes: int = 0
 
     @classmethod
@@ -56,6 +66,8 @@ class Sequence:
             SamplingParams.from_wire(submit.params),
             submit.carrier,
             submit.deadline,
+            priority=submit.priority,
+            caller=submit.caller,
         )
 
     @property

@@ -15,18 +15,16 @@ from typing import Any, cast
 import torch
 
 from braid.actors.engine import Engine
-from braid.actors.kv_transfer import slots
 from braid.actors.links import Hello, Link, LinkClosed
 from braid.actors.messages import Kind, Submit, pack, unpack
 from braid.actors.reactor import Closed, Reactor, Received
 from braid.actors.requests import Requests
 from braid.actors.scheduler import Scheduler
-from braid.actors.sequence import Sequence
 from braid.actors.socket_pipe import SocketPipe
 from braid.actors.tracing import Tracer
 from braid.model.config import ModelConfig
 from braid.model.deepseek import Batch, DeepSeekModel, ForwardOutput
-from braid.model.kv_cache import BlockAllocator, LatentCache
+from braid.model.kv_cache import BLOCK_SIZE, BlockAllocator, LatentCache
 from braid.model.sampling_params import SamplingParams
 
 VOCAB, EOS = 50, 49
@@ -99,17 +97,17 @@ class ScriptedModel:
 
     def _rows(self, layer: int, table: list[int], num: int) -> torch.Tensor:
         flat = self.cache.layers[layer].view(-1, CONFIG.latent_dim)
-        rows: torch.Tensor = flat[slots(cast(Sequence, _Table(table)), 0, num)]
-        return rows
+        return flat[slots(table, num)]
 
     def _put(self, layer: int, table: list[int], rows: torch.Tensor) -> None:
         flat = self.cache.layers[layer].view(-1, CONFIG.latent_dim)
-        flat[slots(cast(Sequence, _Table(table)), 0, len(rows))] = rows
+        flat[slots(table, len(rows))] = rows
 
 
-@dataclass
-class _Table:
-    block_table: list[int]
+def slots(table: list[int], num: int) -> torch.Tensor:
+    """Where the first `num` positions lie in a layer seen as rows."""
+    positions = torch.arange(num)
+    return torch.tensor(table)[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 class ScriptedExperts:
@@ -136,7 +134,9 @@ class Worker:
         for layer in cache.layers:
             layer.fill_(torch.nan)
         self.scheduler = Scheduler(BlockAllocator(blocks), 4, 48, max_waiting)
-        self.requests = Requests(name, CONFIG, cache, self.scheduler, Tracer(), lambda: {"worker": name})
+        self.requests = Requests(
+            name, CONFIG, cache, self.scheduler, Tracer(), lambda: {"worker": name}, kv_checksums=True
+        )
         self.model, self.experts = ScriptedModel(cache), ScriptedExperts()
         self.engine = Engine(CONFIG, cast(DeepSeekModel, self.model), self.experts, self.requests)
 

@@ -210,7 +210,7 @@ def test_a_sequence_that_cannot_be_sampled_ends_alone(trio: Trio) -> None:
 def test_a_message_that_cannot_be_read_costs_its_sender_the_link_and_nobody_else(trio: Trio) -> None:
     spared = trio.front.submit("b", "b", 10, TEN)
     trio.workers["b"].turn()
-    garbage = [(Kind.KV_OPEN, b"\xc1"), (Kind.KV_DONE, pack({})), (Kind.KV_LAYER, KV_LAYER.pack(9, 1, 0, 1))]
+    garbage = [(Kind.KV_OPEN, b"\xc1"), (Kind.KV_DONE, pack({})), (Kind.KV_LAYER, KV_LAYER.pack(9, 1, 0, 1, 0))]
     for kind, meta in garbage:
         trio.ends["ab"][0].send(kind, meta)
         trio.workers["b"].listen()

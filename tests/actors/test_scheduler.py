@@ -49,7 +49,8 @@ def test_prompts_share_the_token_budget_in_order_of_arrival(scheduler: Scheduler
     scheduler.submit(sequence("a", 60))
     scheduler.submit(sequence("b", 130))
     run(scheduler, [("a", 0, 60), ("b", 0, 40)])
-    run(scheduler, [("b", 40, 90)])  # one row of the budget decodes a, and 90 are left of the prompt
+    run(scheduler, [("b", 40, 64)])  # a decodes: the prompt gets a block's worth of rows at most
+    run(scheduler, [("b", 104, 26)])
     assert decoding(scheduler) == ["a", "b"]
 
 
@@ -58,7 +59,7 @@ def test_a_decoding_sequence_always_runs_before_prompts(scheduler: Scheduler) ->
     run(scheduler, [("a", 0, 10)])
     scheduler.submit(sequence("b", 300))
     plan = scheduler.plan()
-    assert [(c.sequence.id, c.num, c.absorbed) for c in plan] == [("a", 1, True), ("b", 99, False)]
+    assert [(c.sequence.id, c.num, c.absorbed) for c in plan] == [("a", 1, True), ("b", 64, False)]
 
 
 def test_a_prompt_that_does_not_fit_waits_and_keeps_its_place(scheduler: Scheduler) -> None:

@@ -1,0 +1,281 @@
+"""Blocks that are shared, taken away and computed again, without a tensor: the same answers, and always an end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from scheduled_worker import ScheduledWorker, answer_to, sequence_of
+
+from braid.actors.sequence import Sequence
+
+LONG = [(17 * i) % 50 for i in range(1000)]
+
+
+def submit(worker: ScheduledWorker, name: str, prompt: list[int], max_tokens: int = 8, **more: Any) -> Sequence:
+    sequence = sequence_of(name, prompt, max_tokens, **more)
+    assert worker.scheduler.submit(sequence)
+    return sequence
+
+
+def assert_undisturbed(worker: ScheduledWorker, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        prompt = sequence.tokens[: sequence.num_prompt]
+        assert worker.sent[sequence.id] == answer_to(prompt, sequence.params.max_tokens)
+    assert worker.scheduler.allocator.num_free == worker.scheduler.allocator.num_total
+
+
+def test_a_second_prompt_computes_only_what_the_first_has_not() -> None:
+    worker = ScheduledWorker.of(20, max_batch_tokens=400)
+    first = submit(worker, "first", LONG[:200])
+    worker.run()
+    same = submit(worker, "same", LONG[:200])
+    assert [(chunk.start, chunk.num) for chunk in worker.step()] == [(192, 8)]
+    other = submit(worker, "other", [*LONG[:130], 3, 4, 5])
+    worker.run()
+    assert (first.cached_tokens, same.cached_tokens, other.cached_tokens) == (0, 192, 128)
+    assert_undisturbed(worker, first, same, other)
+    counters = worker.scheduler.counters
+    assert (counters["prefix_query_tokens"], counters["prefix_hit_tokens"]) == (533, 320)
+    assert worker.scheduler.allocator.num_idle == 3
+
+
+def test_the_last_prompt_token_is_always_computed() -> None:
+    worker = ScheduledWorker.of(20)
+    submit(worker, "first", LONG[:128])
+    worker.run()
+    same = submit(worker, "same", LONG[:128])
+    worker.run()
+    assert same.cached_tokens == 64
+    assert_undisturbed(worker, same)
+
+
+def test_two_that_run_together_share_what_the_first_has_finished() -> None:
+    worker = ScheduledWorker.of(20, max_batch_tokens=128)
+    first = submit(worker, "first", LONG[:300])
+    worker.step()
+    second = submit(worker, "second", LONG[:300])
+    worker.step()
+    worker.step()
+    assert second.block_table[:4] == first.block_table[:4]
+    worker.run()
+    assert_undisturbed(worker, first, second)
+
+
+def test_generated_tokens_are_nobodys_prompt() -> None:
+    """They were computed in the other form: as a prompt they have other bits."""
+    worker = ScheduledWorker.of(20)
+    first = submit(worker, "first", LONG[:60], max_tokens=100)
+    worker.run()
+    second = submit(worker, "second", first.tokens[:150])
+    worker.run()
+    assert second.cached_tokens == 0
+    assert_undisturbed(worker, second)
+
+
+def test_the_newest_is_preempted_and_comes_back_with_the_same_tokens() -> None:
+    worker = ScheduledWorker.of(6, max_batch_tokens=200)
+    sequences = [submit(worker, name, [number] * 90, max_tokens=200) for number, name in enumerate("abc")]
+    while not worker.scheduler.counters["preemptions"]:
+        worker.step()
+    assert sequences[2].state == "waiting"
+    assert {sequence.state for sequence in sequences[:2]} == {"decode"}
+    worker.run()
+    assert worker.finished == ["a", "b", "c"]
+    assert_undisturbed(worker, *sequences)
+
+
+def test_a_replay_runs_in_few_steps_and_sends_nothing_twice() -> None:
+    worker = ScheduledWorker.of(8, max_batch_tokens=128)
+    first = submit(worker, "first", LONG[:100], max_tokens=300)
+    second = submit(worker, "second", LONG[100:190], max_tokens=300)
+    while second.state != "waiting":
+        worker.step()
+    num_known = len(second.tokens)
+    while second in worker.scheduler.waiting:
+        worker.step()
+    plans = []
+    while second.tokens[num_known:] == []:
+        plans += [(chunk.num, chunk.absorbed) for chunk in worker.step() if chunk.sequence is second]
+    num_generated = num_known - 90
+    assert sum(num for num, absorbed in plans if absorbed) == num_generated
+    assert len(plans) <= 3 + num_generated // 64
+    worker.run()
+    assert_undisturbed(worker, first, second)
+
+
+def test_a_worse_priority_is_preempted_first_whenever_it_came() -> None:
+    worker = ScheduledWorker.of(6, max_batch_tokens=200)
+    worse = submit(worker, "worse", [1] * 90, max_tokens=200, priority=1)
+    worker.step()
+    better = [submit(worker, name, [2] * 90, max_tokens=200) for name in "ab"]
+    while not worker.scheduler.counters["preemptions"]:
+        worker.step()
+    assert worse.state == "waiting"
+    worker.run()
+    assert worker.finished == ["a", "b", "worse"]
+    assert_undisturbed(worker, worse, *better)
+
+
+def test_a_better_priority_overtakes_a_long_prompt() -> None:
+    worker = ScheduledWorker.of(20, max_batch_tokens=64)
+    submit(worker, "long", LONG[:900], max_tokens=1)
+    worker.step()
+    submit(worker, "later", LONG[:10], max_tokens=1)
+    submit(worker, "urgent", [9] * 10, max_tokens=1, priority=-1)
+    assert [chunk.sequence.id for chunk in worker.step()] == ["urgent", "long"]
+    worker.run()
+    assert worker.finished == ["urgent", "long", "later"]
+
+
+def test_who_floods_the_worker_waits_for_himself() -> None:
+    worker = ScheduledWorker.of(40, max_sequences=1, max_waiting=100)
+    for number in range(50):
+        submit(worker, f"flood {number}", [1] * 10, max_tokens=4, caller="flood")
+    worker.step()
+    submit(worker, "polite", [2] * 10, max_tokens=4, caller="polite")
+    worker.run()
+    assert worker.finished.index("polite") == 2  # behind the one that ran, and the one whose turn it was
+
+
+def test_rows_on_their_way_from_another_worker_are_not_taken_away() -> None:
+    worker = ScheduledWorker.of(4)
+    arriving = sequence_of("arriving", LONG[:100])
+    assert worker.scheduler.reserve(arriving)
+    growing = submit(worker, "growing", [5] * 100, max_tokens=60)
+    for _ in range(60):
+        worker.step()
+    assert growing.state == "waiting"  # it gave way itself
+    assert not worker.scheduler.reserve(sequence_of("newcomer", [1]))  # a replay comes before newcomers
+    worker.receive(arriving)
+    worker.run()
+    assert worker.finished == ["arriving", "growing"]
+    assert_undisturbed(worker, arriving, growing)
+
+
+def test_a_reserved_prompt_says_what_of_it_is_here_and_is_published() -> None:
+    worker = ScheduledWorker.of(9)
+    first, second, third = (sequence_of(name, LONG[:128]) for name in ("first", "second", "third"))
+    assert worker.scheduler.reserve(first)
+    assert worker.scheduler.reserve(second)
+    worker.receive(first)
+    assert worker.scheduler.reserve(third)
+    assert [sequence.cached_tokens for sequence in (first, second, third)] == [0, 0, 128]
+    assert third.block_table[:2] == first.block_table[:2]
+    worker.receive(second)
+    worker.receive(third)
+    worker.run()
+    assert_undisturbed(worker, first, second, third)
+
+
+def test_scored_prompts_are_computed_whole() -> None:
+    worker = ScheduledWorker.of(20)
+    submit(worker, "first", LONG[:200])
+    worker.run()
+    scored = sequence_of("scored", LONG[:200])
+    scored.params = type(scored.params)(8, prompt_logprobs=0)
+    worker.scheduler.submit(scored)
+    worker.run()
+    assert scored.cached_tokens == 0
+    assert_undisturbed(worker, scored)
+
+
+@pytest.mark.parametrize(("max_batch_tokens", "alone", "beside"), [(2048, 2048, 256), (512, 512, 64), (48, 48, 36)])
+def test_prompts_get_a_share_while_others_decode(max_batch_tokens: int, alone: int, beside: int) -> None:
+    worker = ScheduledWorker.of(200, max_sequences=4, max_batch_tokens=max_batch_tokens)
+    prompt = LONG * 3
+    first = submit(worker, "first", prompt, max_tokens=1)
+    assert [chunk.num for chunk in worker.step()] == [alone]
+    worker.scheduler.finish(first)
+    for name in "abcd":
+        submit(worker, name, [7], max_tokens=100)
+    worker.step()
+    submit(worker, "third", [1, *prompt], max_tokens=1, target="elsewhere")
+    assert [chunk.num for chunk in worker.step()] == [1, 1, 1, 1, beside]  # and two drafts of each
+
+
+PROMPTS = {
+    "root": st.integers(0, 1),
+    "length": st.sampled_from([1, 64, 65, 128, 200, 300]),
+    "own": st.sampled_from([0, 1, 70]),
+    "max_tokens": st.integers(1, 150),
+}
+
+
+class SmallWorker(RuleBasedStateMachine):
+    """Anything in any order on a cache that is too small; prompts with common beginnings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker = ScheduledWorker.of(8, max_sequences=3, max_batch_tokens=80, max_waiting=5)
+        self.scheduler = self.worker.scheduler
+        self.wanted: dict[str, tuple[list[int], int]] = {}
+        self.number = 0
+
+    def _new(self, root: int, length: int, own: int, max_tokens: int, **more: Any) -> Sequence:
+        self.number += 1
+        prompt = [root] * length + [100 + self.number] * own
+        return sequence_of(f"s{self.number}", prompt, max_tokens, **more)
+
+    def _want(self, sequence: Sequence, taken: bool) -> None:
+        if taken:
+            num_tokens = 1 if sequence.target else sequence.params.max_tokens
+            self.wanted[sequence.id] = (list(sequence.tokens), num_tokens)
+
+    @rule(priority=st.integers(-1, 1), caller=st.sampled_from("ab"), is_remote=st.booleans(), **PROMPTS)
+    def submit(self, priority: int, caller: str, is_remote: bool, **prompt: int) -> None:
+        more = {"priority": priority, "caller": caller, "target": "elsewhere" if is_remote else ""}
+        sequence = self._new(**prompt, **more)
+        self._want(sequence, self.scheduler.submit(sequence))
+
+    @rule(**PROMPTS)
+    def reserve(self, **prompt: int) -> None:
+        sequence = self._new(**{**prompt, "max_tokens": prompt["max_tokens"] + 1})
+        self._want(sequence, self.scheduler.reserve(sequence))
+
+    @precondition(lambda self: self.scheduler.receiving)
+    @rule()
+    def receive(self) -> None:
+        self.worker.receive(self.scheduler.receiving[0])
+
+    @precondition(lambda self: self.scheduler.all())
+    @rule(number=st.integers(0, 20))
+    def drop(self, number: int) -> None:
+        everyone = self.scheduler.all()
+        dropped = everyone[number % len(everyone)]
+        self.scheduler.finish(dropped)
+        del self.wanted[dropped.id]
+
+    @rule(count=st.integers(1, 40))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            ahead = [*self.scheduler.decoding, *[s for s in self.scheduler.prefilling if not s.target]]
+            first = min(ahead, key=lambda s: (s.priority, s.order), default=None)
+            self.worker.step()
+            if (
+                first is not None
+                and not self.scheduler.receiving
+                and not any(s.target for s in self.scheduler.prefilling)
+            ):
+                assert first.state != "waiting", f"{first.id} should never have been preempted"
+
+    @invariant()
+    def adds_up(self) -> None:
+        self.scheduler.check()
+        assert len(self.scheduler.waiting) <= self.scheduler.max_waiting + self.scheduler.max_sequences
+
+    def teardown(self) -> None:
+        while self.scheduler.receiving:
+            self.receive()
+        self.worker.run()
+        for name, (prompt, num_tokens) in self.wanted.items():
+            assert self.worker.sent[name] == answer_to(prompt, num_tokens)
+        assert self.scheduler.all() == []
+        assert self.scheduler.allocator.num_free == self.scheduler.allocator.num_total
+
+
+TestSmallWorker = SmallWorker.TestCase
+TestSmallWorker.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
