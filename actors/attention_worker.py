@@ -76,7 +76,7 @@ class AttentionWorker:
         self.config = config = ModelConfig.from_path(self.settings.model_path)
         dtype = resolve_dtype(self.settings.dtype, config)
         self._ops = ops = ops_for(dtype)
-        ops.set_threads(self.settings.num_threads)
+        ops.set_threads(self.settings.num_threads, self.settings.max_threads)
         with torch.inference_mode():
             self._load(config, dtype, ops)
             self.loading.phase = "self-test"
@@ -200,7 +200,7 @@ class AttentionWorker:
     def _serve(self) -> None:
         assert self.endpoint is not None
         endpoint, engine, requests = self.endpoint, self.engine, self.requests
-        self._ops.set_threads(self.settings.num_threads)
+        self._ops.set_threads(self.settings.num_threads, self.settings.max_threads)
         failed_steps, load_due, busy = 0, 0.0, False
         with torch.inference_mode():
             while not endpoint.stopping:

@@ -68,7 +68,7 @@ class ExpertWorker:
         experts = self.settings.expert_ids or tuple(range(config.n_routed_experts))
         self.dtype = dtype = resolve_dtype(self.settings.dtype, config)
         self._ops = ops = ops_for(dtype)
-        ops.set_threads(self.settings.num_threads)
+        ops.set_threads(self.settings.num_threads, self.settings.max_threads)
         memory_checked(config, dtype, "expert", experts)
         checkpoint = Checkpoint(self.settings.model_path)
         with torch.inference_mode():
@@ -103,7 +103,7 @@ class ExpertWorker:
     def _serve(self) -> None:
         assert self.endpoint is not None
         endpoint = self.endpoint
-        self._ops.set_threads(self.settings.num_threads)
+        self._ops.set_threads(self.settings.num_threads, self.settings.max_threads)
         with torch.inference_mode():
             while not endpoint.stopping:
                 jobs = self._jobs(endpoint.poll(1.0))

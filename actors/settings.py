@@ -25,13 +25,14 @@ class WorkerSettings:
     run_dir: str
     tcp_host: str
     transport: Transport
-    num_threads: int
+    num_threads: int  # its share of the node's cores
     expert_ids: tuple[int, ...] | None = None
     colocated: bool = False
     max_sequences: int = 64
     max_batch_tokens: int = 512
     kv_tokens: int | None = None
     max_model_len: int | None = None
+    max_threads: int | None = None  # beyond its share, for kernels whose idle threads leave the cores to others
 
     def __repr__(self) -> str:
         return f"WorkerSettings({self.cluster}/{self.name}#{self.incarnation} {self.role}, model={self.model_path})"

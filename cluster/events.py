@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..actors.view import ClusterView, WorkerInfo
-from .plan import Node, PoolPlan, WorkerPlan
+from .plan import Node, PoolPlan, Threads, WorkerPlan
 
 FrontName = Literal["http", "grpc"]
 
@@ -147,7 +147,7 @@ class StartWorker:
     worker: WorkerPlan
     incarnation: int
     node: Node
-    num_threads: int
+    threads: Threads
 
 
 @dataclass(frozen=True, slots=True)

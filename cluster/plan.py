@@ -56,8 +56,23 @@ def plan_pools(spec: ClusterSpec, num_experts: int) -> tuple[PoolPlan, ...]:
     return tuple(pool for pool in pools if pool.workers)
 
 
-def threads_per_worker(node: Node, num_workers_on_node: int) -> int:
-    return max(1, node.cores // max(1, num_workers_on_node))
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Of one worker: its share of the node's cores, and how many it may use while other workers wait for it."""
+
+    share: int
+    most: int
+
+
+def threads_per_worker(node: Node, worker: WorkerPlan, on_node: Sequence[WorkerPlan]) -> Threads:
+    """`on_node`: all workers there, this one too.
+
+    Attention and expert workers take turns: while a batch's rows are at the experts, the attention worker waits for
+    them, and the other way round. So those of the worker's own kind are the ones that it shares the cores with.
+    """
+    is_expert = worker.role == "expert"
+    kin = sum((other.role == "expert") == is_expert for other in on_node)
+    return Threads(max(1, node.cores // len(on_node)), max(1, node.cores // kin))
 
 
 def explain_refusal(pool: PoolPlan, nodes: Sequence[Node]) -> str:

@@ -191,8 +191,9 @@ class ClusterState:
 
     def _start(self, worker: Worker) -> StartWorker:
         assert worker.node is not None
-        sharing = sum(other.node == worker.node for other in self.workers.values())
-        return StartWorker(worker.plan, worker.incarnation, worker.node, threads_per_worker(worker.node, sharing))
+        on_node = [other.plan for other in self.workers.values() if other.node == worker.node]
+        threads = threads_per_worker(worker.node, worker.plan, on_node)
+        return StartWorker(worker.plan, worker.incarnation, worker.node, threads)
 
     def _prepared(self, event: Prepared) -> list[Instruction]:
         worker = self.workers[event.worker]

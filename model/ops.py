@@ -27,8 +27,11 @@ class Ops(Protocol):
         """Names the bits: two processes whose families are equal round alike."""
         ...
 
-    def set_threads(self, num_threads: int) -> None:
-        """Threads of this process that compute, the caller among them."""
+    def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
+        """Threads of this process that compute, the calling one among them.
+
+        `max_threads`: as many may be used where idle ones leave the cores to other workers.
+        """
         ...
 
     def pack(self, weight: Tensor, is_gate_up: bool = False) -> Matrix:

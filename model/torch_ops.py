@@ -25,8 +25,8 @@ class TorchOps:
         """Torch rounds by its version and by what the CPU can do."""
         return f"reference-torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 
-    def set_threads(self, num_threads: int) -> None:
-        """Of the calling thread: OpenMP counts per thread."""
+    def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
+        """Of the calling thread: OpenMP counts per thread. Its idle threads spin: no more than the share of cores."""
         torch.set_num_threads(num_threads)
 
     def pack(self, weight: Tensor, is_gate_up: bool = False) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from braid.cluster.errors import SpecError
-from braid.cluster.plan import Node, PoolPlan, explain_refusal, plan_pools, threads_per_worker
+from braid.cluster.plan import Node, PoolPlan, Threads, WorkerPlan, explain_refusal, plan_pools, threads_per_worker
 from braid.cluster.spec import from_dict
 
 
@@ -34,10 +34,14 @@ def test_a_dense_model_wants_colocated() -> None:
         plan_pools(from_dict({}), 0)
 
 
-def test_threads_share_a_node() -> None:
-    node = Node("a", "10.0.0.1", 16)
-    assert threads_per_worker(node, 4) == 4
-    assert threads_per_worker(node, 40) == 1
+def test_threads_share_a_node_with_those_who_compute_at_the_same_time() -> None:
+    attention = [WorkerPlan("prefill-0", "prefill", "prefill", 0), WorkerPlan("decode-0", "decode", "decode", 0)]
+    experts = [WorkerPlan(f"expert-{i}", "expert", "expert", i) for i in range(6)]
+    node, every = Node("a", "10.0.0.1", 16), attention + experts
+    assert threads_per_worker(node, attention[1], every) == Threads(share=2, most=8)
+    assert threads_per_worker(node, experts[3], every) == Threads(share=2, most=2)
+    assert threads_per_worker(node, attention[0], attention[:1]) == Threads(share=16, most=16)
+    assert threads_per_worker(Node("b", "10.0.0.2", 2), experts[0], every) == Threads(share=1, most=1)
 
 
 def pool(strategy: str = "PACK", cpus: float = 2.0, **labels: str) -> PoolPlan:

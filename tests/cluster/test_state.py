@@ -33,7 +33,7 @@ from braid.cluster.events import (
     Tick,
     TornDown,
 )
-from braid.cluster.plan import Node, plan_pools
+from braid.cluster.plan import Node, Threads, plan_pools
 from braid.cluster.spec import from_dict
 from braid.cluster.state import TRANSITIONS, ClusterState, Limits
 
@@ -90,7 +90,7 @@ def test_workers_start_when_the_last_pool_has_its_place(state: ClusterState) -> 
     out = place_all(state)
     starts = [i for i in out if isinstance(i, StartWorker)]
     assert [s.worker.name for s in starts] == NAMES
-    assert {s.num_threads for s in starts} == {1}
+    assert {s.threads for s in starts} == {Threads(share=1, most=2)}
     assert starts[2].worker.expert_ids == tuple(range(8))
 
 
