@@ -32,6 +32,7 @@ class WorkerSettings:
     max_batch_tokens: int = 512
     kv_tokens: int | None = None
     max_model_len: int | None = None
+    kv_checksums: bool = False
     max_threads: int | None = None  # beyond its share, for kernels whose idle threads leave the cores to others
 
     def __repr__(self) -> str:

@@ -66,6 +66,7 @@ class ControllerSettings:
             max_batch_tokens=spec.engine.max_batch_tokens,
             kv_tokens=spec.engine.kv_tokens,
             max_model_len=spec.engine.max_model_len,
+            kv_checksums=spec.engine.kv_checksums,
         )
 
 
