@@ -7,6 +7,7 @@ sequences get an error, every other row of the batch goes on.
 
 from __future__ import annotations
 
+import struct
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -23,10 +24,12 @@ from ..router.replica_bias import ReplicaBias
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import DISPATCH, ROWS, Kind
 from .reactor import Closed, Event, Received
-from .wire import DTYPE_CODES, bytes_of, rows_from
+from .row_buffers import RowBuffer, RowBuffers
+from .wire import DTYPE_CODES, bytes_of
 
 DISPATCH_DEADLINE_S = 30.0  # a prefill chunk on a busy CPU takes seconds; a hung worker must still be told apart
 BIAS_INTERVAL = 16  # steps between two updates of the replica bias and its table
+NUMBER = struct.Struct("<Q")  # how the meta of ROWS begins
 
 Ints = npt.NDArray[np.int64]
 
@@ -41,34 +44,53 @@ class Mail(Protocol):
 
 @dataclass(slots=True)
 class Part:
-    """What one expert worker owes: the flat slots (row * k + slot) of one layer's dispatch."""
+    """What one expert worker owes: the flat slots (row * k + slot) of one layer's dispatch, and where their rows go."""
 
+    handle: RemoteHandle
     owner: int
     link: Link
     slots: Ints
+    first: int
+    target: memoryview
     expires: float
+    sent: float = 0.0
 
 
 @dataclass(slots=True)
 class RemoteHandle:
-    """Returned by dispatch, consumed by collect: holds the inputs until every row is back."""
+    """Returned by dispatch, consumed by collect: holds the inputs until every row is back.
+
+    Rows are stored as they were asked for, one owner's after another's; `place` tells where a slot's row is, None that
+    they are in slot order.
+    """
 
     layer: int
     x: Tensor
-    topk_idx: Ints
-    rows: Tensor
+    experts: Ints
+    top_k: int
+    first_row: int
+    buffer: RowBuffer
+    place: Ints | None = None
     pending: dict[int, Part] = field(default_factory=dict)
+    is_resent: bool = False
 
 
 @dataclass(slots=True)
 class Counters:
+    """Sums. A hop is one worker's share of one layer; `timed` are those whose rows were waited for, not fetched late."""
+
     hops: int = 0
     rows: int = 0
     bytes_out: int = 0
     bytes_in: int = 0
     resent: int = 0
-    wait_s: float = 0.0
+    timed: int = 0
+    serialise_s: float = 0.0
+    wire_s: float = 0.0  # both ways, of the timed hops
+    queue_s: float = 0.0
     compute_s: float = 0.0
+    reply_s: float = 0.0
+    wait_s: float = 0.0
 
 
 class RemoteExperts:
@@ -86,6 +108,11 @@ class RemoteExperts:
         self._names: list[str] = []
         self._layer_row: dict[int, int] = {}
         self._steps = 0
+        self._open: dict[int, Part] = {}
+        self._buffers = RowBuffers()
+        self._lent: RowBuffer | None = None  # holds what collect returned last
+        self._slots = np.zeros(0, dtype=np.int64)  # 0, 1, 2 .. as far as was needed
+        self._collecting_since = 0.0
         self.loads: npt.NDArray[np.int64] = np.zeros((0, num_experts), dtype=np.int64)
 
     def set_map(self, expert_map: ExpertMap, links: Mapping[str, Link]) -> None:
@@ -96,28 +123,48 @@ class RemoteExperts:
         self._names = [owner.worker for owner in expert_map.owners]
         lives = [(links.get(owner.worker), owner.incarnation) for owner in expert_map.owners]
         self._links = [link if link and link.peer.incarnation == life else None for link, life in lives]
+        for link in self._links:
+            if link is not None:
+                link.place_payloads(self._place_payload)
         dead = [index for index, link in enumerate(self._links) if link is None or link.closed]
         self._bias = ReplicaBias(expert_map, layers, dead)
-        self._table = self._bias.table()
+        self._choose()
         self._owner_rows = np.zeros(len(self._names))
         if len(self.loads) != len(layers):
             self.loads = np.zeros((len(layers), self._num_experts), dtype=np.int64)
 
-    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> RemoteHandle:
-        """x: [M, hidden]; topk_idx: [M, k]. Sends without waiting; the caller computes the shared expert meanwhile."""
-        experts = topk_idx.numpy()
-        rows = torch.empty(experts.size, x.shape[1], dtype=x.dtype)
-        handle = RemoteHandle(layer, x.contiguous(), experts, rows)
+    def _choose(self) -> None:
+        """Makes the table of owners anew, and notes the layers that one owner has to itself."""
+        self._table = table = self._bias.table()
+        self._sole = np.where((table == table[:, :1]).all(1), table[:, 0], -1).tolist()
+
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> RemoteHandle:
+        """x: [M, hidden]; topk_idx: [M, k]. Sends without waiting; the caller computes the shared expert meanwhile.
+
+        x is read again if a worker is lost: leave it alone until collect. `first_row`: the place of x[0] in the batch.
+        """
+        started = time.monotonic()
+        experts = topk_idx.numpy().reshape(-1)
+        if self._lent is not None:
+            self._buffers.give_back(self._lent)
+            self._lent = None
+        buffer = self._buffers.take(len(experts), x.shape[1], x.dtype)
+        handle = RemoteHandle(layer, x.contiguous(), experts, topk_idx.shape[1], first_row, buffer)
+        slots = self._all_slots(len(experts))
         if layer not in self._layer_row:  # a front end can be faster than the first map
-            self._fail(handle, np.arange(experts.size))
+            self._fail(handle, slots, 0)
             return handle
-        self.loads[self._layer_row[layer]] += np.bincount(experts.reshape(-1), minlength=self._num_experts)
-        self._send(handle, np.arange(experts.size))
+        self._send(handle, slots, 0)
+        self.counters.serialise_s += time.monotonic() - started
+        self.loads[self._layer_row[layer]] += np.bincount(experts, minlength=self._num_experts)
         return handle
 
     def collect(self, handle: RemoteHandle) -> Tensor:
-        """Waits for every row, sending again what a lost worker owed. Returns [M, k, hidden]."""
-        started = time.monotonic()
+        """Waits for every row, sending again what a lost worker owed. Returns [M, k, hidden], valid until a dispatch.
+
+        Rows of other open handles that come meanwhile are taken in too.
+        """
+        self._collecting_since = started = time.monotonic()
         while handle.pending:
             nearest = min(part.expires for part in handle.pending.values())
             events = deque(self.mail.poll(max(nearest - time.monotonic(), 0.0)))
@@ -125,121 +172,186 @@ class RemoteExperts:
                 self._give_up_overdue(handle)
             try:
                 while events:
-                    self._on_event(handle, events.popleft())
+                    self._on_event(events.popleft())
             finally:
                 for event in events:
                     self.mail.defer(event)
+        rows = self._in_slot_order(handle)
         self.counters.wait_s += time.monotonic() - started
-        return handle.rows.view(*handle.topk_idx.shape, -1)
+        return rows.view(-1, handle.top_k, rows.shape[1])
+
+    def _in_slot_order(self, handle: RemoteHandle) -> Tensor:
+        buffer, num_rows = handle.buffer, len(handle.experts)
+        if handle.place is not None:
+            stored = buffer.rows
+            buffer = self._buffers.take(num_rows, stored.shape[1], stored.dtype)
+            torch.index_select(stored, 0, torch.from_numpy(handle.place), out=buffer.rows[:num_rows])
+            self._retire(handle)
+        elif handle.is_resent:
+            return buffer.rows[:num_rows]
+        self._lent = buffer
+        return buffer.rows[:num_rows]
+
+    def _retire(self, handle: RemoteHandle) -> None:
+        """A worker that was given up half-way through its answer may go on writing: its memory is not used again."""
+        if not handle.is_resent:
+            self._buffers.give_back(handle.buffer)
 
     def _give_up_overdue(self, handle: RemoteHandle) -> None:
         now = time.monotonic()
         for part in [part for part in handle.pending.values() if part.expires <= now]:
             part.link.close(f"no reply for {DISPATCH_DEADLINE_S:.0f} s to a dispatch of layer {handle.layer}")
-            self._lost(handle, part.link)
+            self._lost(part.link)
 
     def end_step(self) -> None:
         """Moves the replica bias by the load of the last steps (law 6)."""
         self._steps += 1
         if self._steps % BIAS_INTERVAL == 0 and self._names:
             self._bias.update(self._owner_rows)
-            self._table = self._bias.table()
+            self._choose()
             self._owner_rows[:] = 0
 
     def take_failed(self) -> dict[int, str]:
-        """Batch rows that lost an expert since the last call, each with the reason."""
+        """Batch rows that lost an expert since the last call, each with the reason. Ends the step: no handle is open."""
         failed, self.failed = self.failed, {}
+        self._open.clear()  # of a step that broke off
         return failed
 
-    def _send(self, handle: RemoteHandle, slots: Ints) -> None:
-        """slots: flat places (row * k + slot), ascending, that need a worker."""
-        experts = handle.topk_idx.reshape(-1)[slots]
-        owners = self._table[self._layer_row[handle.layer]][experts]
-        for owner in np.unique(owners).tolist():
-            mine = slots[owners == owner]
-            if owner < 0:
-                self._fail(handle, mine)
-            else:
-                self._send_part(handle, owner, mine)
+    def _send(self, handle: RemoteHandle, slots: Ints, first: int) -> None:
+        """slots: ascending flat places (row * k + slot) that need a worker; their rows are stored from `first` on."""
+        row = self._layer_row[handle.layer]
+        if self._sole[row] >= 0:
+            self._send_part(handle, self._sole[row], slots, first)
+            return
+        owners = self._table[row][handle.experts[slots]]
+        for owner, num in enumerate(np.bincount(owners + 1).tolist(), start=-1):
+            if num:
+                mine = slots if num == len(slots) else slots[owners == owner]
+                self._send_part(handle, owner, mine, first)
+                first += num
 
-    def _send_part(self, handle: RemoteHandle, owner: int, slots: Ints) -> None:
-        top_k = handle.topk_idx.shape[1]
-        rows, row_of_pair = np.unique(slots // top_k, return_inverse=True)
-        x = handle.x if len(rows) == len(handle.x) else handle.x[torch.from_numpy(rows)]
-        pairs = np.stack([row_of_pair, handle.topk_idx.reshape(-1)[slots]]).astype(np.int32)
-        number, self._next_id = self._next_id, self._next_id + 1
-        meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, DTYPE_CODES[x.dtype], len(rows), len(slots))
-        payload = bytes_of(x)
+    def _send_part(self, handle: RemoteHandle, owner: int, slots: Ints, first: int) -> None:
+        self._store(handle, slots, first)
+        if owner < 0:
+            self._fail(handle, slots, first)
+            return
         link = self._links[owner]
         assert link is not None, f"the table chose {self._names[owner]}, which has no link"
-        handle.pending[number] = Part(owner, link, slots, time.monotonic() + DISPATCH_DEADLINE_S)
+        number, self._next_id = self._next_id, self._next_id + 1
+        x, row_of_pair = self._rows_of(handle, slots)
+        pairs = np.stack([row_of_pair, handle.experts[slots]]).astype(np.int32)
+        meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, DTYPE_CODES[x.dtype], len(x), len(slots))
+        payload, now = bytes_of(x), time.monotonic()
+        target = handle.buffer.bytes_of_rows(first, len(slots))
+        part = Part(handle, owner, link, slots, first, target, now + DISPATCH_DEADLINE_S)
+        self._open[number] = handle.pending[number] = part
         try:
             link.send(Kind.DISPATCH, meta, pairs.data.cast("B"), payload)
         except (LinkClosed, LinkFull):
-            self._lost(handle, link)
+            self._lost(link)
             return
+        part.sent = time.monotonic()
         self.counters.hops += 1
         self.counters.rows += len(slots)
         self.counters.bytes_out += payload.nbytes
         self._owner_rows[owner] += len(slots)
 
-    def _on_event(self, handle: RemoteHandle, event: Event) -> None:
+    def _store(self, handle: RemoteHandle, slots: Ints, first: int) -> None:
+        num_slots = len(handle.experts)
+        if handle.place is None and len(slots) < num_slots:
+            handle.place = np.empty(num_slots, dtype=np.int64)
+        if handle.place is not None:
+            handle.place[slots] = self._all_slots(num_slots)[first : first + len(slots)]
+
+    def _rows_of(self, handle: RemoteHandle, slots: Ints) -> tuple[Tensor, Ints]:
+        """The rows of x that the slots need, and which of them each slot needs."""
+        rows, x = slots // handle.top_k, handle.x
+        if len(slots) == len(handle.experts):
+            return x, rows
+        is_needed = np.zeros(len(x), dtype=bool)
+        is_needed[rows] = True
+        needed = np.flatnonzero(is_needed)
+        if len(needed) == len(x):
+            return x, rows
+        return x[torch.from_numpy(needed)], (np.cumsum(is_needed) - 1)[rows]
+
+    def _all_slots(self, num: int) -> Ints:
+        if len(self._slots) < num:
+            self._slots = np.arange(num)
+        return self._slots[:num]
+
+    def _place_payload(self, kind: int, meta: bytes, num_bytes: int) -> memoryview | None:
+        """Rows that somebody waits for go straight to where they are wanted."""
+        if kind != Kind.ROWS or len(meta) != ROWS.size:
+            return None
+        part = self._open.get(NUMBER.unpack_from(meta)[0])
+        return part.target if part is not None and len(part.target) == num_bytes else None
+
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, Received) and event.message.kind == Kind.ROWS:
-            self._on_rows(handle, event.message)
+            self._on_rows(event.message)
         elif isinstance(event, Received) and event.message.kind == Kind.NOT_RESIDENT:
-            self._on_not_resident(handle, event.message)
+            self._on_not_resident(event.message)
         elif isinstance(event, Closed):
-            self._lost(handle, event.link)
+            self._lost(event.link)
             self.mail.defer(event)
         else:
             self.mail.defer(event)
 
-    def _on_rows(self, handle: RemoteHandle, message: Message) -> None:
-        number, _, compute_ns = ROWS.unpack(message.meta)
-        part = handle.pending.get(number)
+    def _on_rows(self, message: Message) -> None:
+        number, _, queue_ns, compute_ns, held_ns = ROWS.unpack(message.meta)
+        part = self._open.get(number)
         if part is None:
             return  # a late packet: its slice was sent again and answered by another replica
-        expected = len(part.slots) * handle.x.shape[1] * handle.x.itemsize
-        if message.payload.nbytes != expected:
-            part.link.close(f"it sent {message.payload.nbytes} bytes of rows, {expected} were asked for")
-            self._lost(handle, part.link)
+        if len(message.payload) != len(part.target):
+            part.link.close(f"it sent {len(message.payload)} bytes of rows, {len(part.target)} were asked for")
+            self._lost(part.link)
             return
-        del handle.pending[number]
-        rows = rows_from(message.payload, handle.x.dtype, handle.x.shape[1])
-        if len(part.slots) == len(handle.rows):
-            handle.rows.copy_(rows)
-        else:
-            handle.rows[torch.from_numpy(part.slots)] = rows
-        self.counters.compute_s += compute_ns / 1e9
-        self.counters.bytes_in += message.payload.nbytes
+        assert message.payload is part.target, "rows that are waited for have a place"
+        self._forget(number, part)
+        counters, held_s = self.counters, held_ns / 1e9
+        if part.sent + held_s > self._collecting_since:  # else they may have lain there while we computed
+            counters.timed += 1
+            counters.wire_s += time.monotonic() - part.sent - held_s
+        counters.queue_s += queue_ns / 1e9
+        counters.compute_s += compute_ns / 1e9
+        counters.reply_s += (held_ns - queue_ns - compute_ns) / 1e9
+        counters.bytes_in += len(message.payload)
 
-    def _on_not_resident(self, handle: RemoteHandle, message: Message) -> None:
+    def _forget(self, number: int, part: Part) -> None:
+        del self._open[number], part.handle.pending[number]
+
+    def _on_not_resident(self, message: Message) -> None:
         """The map names a holder that does not hold: never ask it for these experts again."""
-        part = handle.pending.pop(ROWS.unpack(message.meta)[0], None)
+        number = NUMBER.unpack_from(message.meta)[0]
+        part = self._open.get(number)
         if part is None:
             return
+        self._forget(number, part)
         experts = np.frombuffer(message.payload, dtype=np.int64)
-        self._bias.forget(self._layer_row[handle.layer], experts, part.owner)
-        self._table = self._bias.table()
-        self.counters.resent += 1
-        self._send(handle, part.slots)
+        self._bias.forget(self._layer_row[part.handle.layer], experts, part.owner)
+        self._choose()
+        self._send_again(part)
 
-    def _lost(self, handle: RemoteHandle, link: Link) -> None:
-        """Takes a worker out of the table and sends what it owed to other replicas."""
+    def _lost(self, link: Link) -> None:
+        """Takes a worker out of the table and sends what it owed, to any handle, to other replicas."""
         if link not in self._links:
             return
         owner = self._links.index(link)
         self._bias.drop(owner)
-        self._table = self._bias.table()
-        for number, part in list(handle.pending.items()):
-            # a nested loss may have moved it already
-            if part.owner == owner and handle.pending.pop(number, None) is not None:
-                self.counters.resent += 1
-                self._send(handle, part.slots)
+        self._choose()
+        for number, part in list(self._open.items()):
+            if part.owner == owner and number in self._open:  # a nested loss may have moved it already
+                self._forget(number, part)
+                self._send_again(part)
 
-    def _fail(self, handle: RemoteHandle, slots: Ints) -> None:
-        top_k = handle.topk_idx.shape[1]
-        handle.rows[torch.from_numpy(slots)] = 0.0
+    def _send_again(self, part: Part) -> None:
+        self.counters.resent += 1
+        part.handle.is_resent = True
+        self._send(part.handle, part.slots, part.first)
+
+    def _fail(self, handle: RemoteHandle, slots: Ints, first: int) -> None:
+        handle.buffer.rows[first : first + len(slots)] = 0.0
         for slot in slots.tolist():
-            expert = int(handle.topk_idx.reshape(-1)[slot])
-            self.failed[slot // top_k] = f"no live replica of expert {expert} of layer {handle.layer}"
+            reason = f"no live replica of expert {handle.experts[slot]} of layer {handle.layer}"
+            self.failed[handle.first_row + slot // handle.top_k] = reason

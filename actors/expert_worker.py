@@ -123,13 +123,13 @@ class ExpertWorker:
                 ready.append((job, self.host.local_experts(layer, job.part)))
             except NotResident as error:
                 log.warning("%s asked for what is not here: %s", job.link.peer.name, error)
-                self._reply(job, Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0), bytes_of(error.experts))
+                self._reply(job, Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0, 0, 0), bytes_of(error.experts))
         if not ready:
             return
         answers = self.host.run(layer, [(job.part, local) for job, local in ready])
         elapsed = time.perf_counter_ns() - started
         for (job, local), rows in zip(ready, answers, strict=True):
-            self._reply(job, Kind.ROWS, ROWS.pack(job.number, len(local), elapsed), bytes_of(rows))
+            self._reply(job, Kind.ROWS, ROWS.pack(job.number, len(local), 0, elapsed, elapsed), bytes_of(rows))
             self.counts["tokens"] += len(job.part.x)
             self.counts["rows"] += len(local)
         self.counts["hops"] += len(ready)

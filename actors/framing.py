@@ -1,11 +1,12 @@
 """Cuts a byte stream into messages: a fixed header (magic, version, kind, lengths), then meta, then payload.
 
-A received payload has a buffer of its own, filled straight from the pipe, and starts on a 64-byte boundary: the bits a
-matrix product gives may depend on the alignment of its operands, and torch's own tensors are aligned so.
+A received payload is filled straight from the pipe: into the place that its receiver has for it, else into a buffer of
+its own that starts on a 64-byte boundary: the bits a matrix product gives may depend on the alignment of its operands,
+and torch's own tensors are aligned so.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import addressof, c_char
 
 import numpy as np
@@ -17,6 +18,8 @@ VERSION = 1
 HEADER = struct.Struct("<2sBxHIQ")  # magic, version, kind, meta_len, payload_len
 MAX_FRAME_BYTES = 1 << 30
 ALIGNMENT = 64
+
+Place = Callable[[int, bytes, int], memoryview | None]  # kind, meta, payload bytes -> where the payload belongs
 
 
 def frame_pieces(kind: int, meta: bytes, payload: Sequence[Piece]) -> tuple[list[Piece], int]:
@@ -51,28 +54,31 @@ class FrameReader:
     """Keeps the half-read frame of one link between two turns."""
 
     def __init__(self) -> None:
+        self.place: Place | None = None
         self._header = memoryview(bytearray(HEADER.size))
-        self._target = self._header
+        self._target = self._header  # the part of a frame that is being read
         self._filled = 0
         self._kind = self._meta_len = self._payload_len = 0
+        self._meta: bytes | None = None
 
     def read(self, pipe: Pipe) -> tuple[int, bytes, memoryview] | None:
         """(kind, meta, payload) once a frame is whole, else None. Raises PeerGone."""
-        if not self._filled and self._target is self._header:
+        if self._target is self._header and not self._filled:
             buffer, start, end = pipe.window()
-            if end - start < HEADER.size:
-                if start == end:
-                    return None
-            else:
+            if start == end:
+                return None
+            if end - start >= HEADER.size:
                 self._parse(buffer, start)
-                start += HEADER.size
-                body = _aligned_body(self._meta_len, self._payload_len)
-                if end - start >= len(body):  # nearly always: the whole frame is here
-                    body[:] = buffer[start : start + len(body)]
-                    pipe.consume(HEADER.size + len(body))
-                    return self._kind, bytes(body[: self._meta_len]), body[self._meta_len :]
-                pipe.consume(HEADER.size)
-                self._target = body
+                middle = start + HEADER.size + self._meta_len
+                if middle <= end:
+                    meta = bytes(buffer[start + HEADER.size : middle])
+                    payload = self._place_of(meta)
+                    if middle + self._payload_len <= end:  # nearly always: the whole frame is here
+                        payload[:] = buffer[middle : middle + self._payload_len]
+                        pipe.consume(middle + self._payload_len - start)
+                        return self._kind, meta, payload
+                    pipe.consume(middle - start)
+                    self._meta, self._target = meta, payload
         return self._read_on(pipe)
 
     def is_mid_frame(self) -> bool:
@@ -80,17 +86,19 @@ class FrameReader:
 
     def _read_on(self, pipe: Pipe) -> tuple[int, bytes, memoryview] | None:
         """Goes on with a frame that arrives in parts."""
-        if self._target is self._header:
-            if not self._fill(pipe):
-                return None
+        while self._fill(pipe):
             self._filled = 0
-            self._parse(self._header, 0)
-            self._target = _aligned_body(self._meta_len, self._payload_len)
-        if not self._fill(pipe):
-            return None
-        body, meta_len = self._target, self._meta_len
-        self._target, self._filled = self._header, 0
-        return self._kind, bytes(body[:meta_len]), body[meta_len:]
+            if self._target is self._header:
+                self._parse(self._header, 0)
+                self._target = memoryview(bytearray(self._meta_len))
+            elif self._meta is None:
+                self._meta = bytes(self._target)
+                self._target = self._place_of(self._meta)
+            else:
+                meta, payload = self._meta, self._target
+                self._meta, self._target = None, self._header
+                return self._kind, meta, payload
+        return None
 
     def _fill(self, pipe: Pipe) -> bool:
         target = self._target
@@ -108,9 +116,14 @@ class FrameReader:
         if self._meta_len + self._payload_len > MAX_FRAME_BYTES:
             raise PeerGone(f"a frame of {self._meta_len + self._payload_len} bytes exceeds {MAX_FRAME_BYTES}")
 
+    def _place_of(self, meta: bytes) -> memoryview:
+        place = None if self.place is None else self.place(self._kind, meta, self._payload_len)
+        return _aligned_buffer(self._payload_len) if place is None else place
 
-def _aligned_body(meta_len: int, payload_len: int) -> memoryview:
-    """One buffer for meta and payload, whose payload is aligned."""
-    buffer = np.empty(meta_len + payload_len + ALIGNMENT, np.uint8).data  # not cleared, as a bytearray would be
-    start = -(addressof(c_char.from_buffer(buffer)) + meta_len) % ALIGNMENT
-    return buffer[start : start + meta_len + payload_len]
+
+def _aligned_buffer(num_bytes: int) -> memoryview:
+    if not num_bytes:
+        return memoryview(bytearray())
+    buffer = np.empty(num_bytes + ALIGNMENT, np.uint8).data  # not cleared, as a bytearray would be
+    start = -addressof(c_char.from_buffer(buffer)) % ALIGNMENT
+    return buffer[start : start + num_bytes]

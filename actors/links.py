@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from .framing import FrameReader, frame_pieces
+from .framing import FrameReader, Place, frame_pieces
 from .pipe import PeerGone, Piece, Pipe, Transport
 from .send_queue import SendQueue
 
@@ -106,6 +106,10 @@ class Link:
                 self._watch_room(True)
             self.bytes_sent += num_bytes
             self.messages_sent += 1
+
+    def place_payloads(self, place: Place | None) -> None:
+        """Called by the reactor's thread, from the next message on, before a payload is read; it may name no place."""
+        self._reader.place = place
 
     def close(self, reason: str = "closed by its owner") -> None:
         """Ends the link; what is still queued is dropped. In a reactor, a Closed event follows."""

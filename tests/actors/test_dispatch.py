@@ -46,7 +46,7 @@ class Expert:
                 x = rows_from(payload[8 * num_pairs :], torch.float32, HIDDEN)
                 rows = x[torch.from_numpy(pairs[0].copy())] * torch.from_numpy(pairs[1] + 1)[:, None]
                 self.num_asked += 1
-                meta = ROWS.pack(number, num_pairs, 0)
+                meta = ROWS.pack(number, num_pairs, 0, 0, 0)
                 self.far.send(Kind.ROWS, meta, bytes_of(rows[: len(rows) - self.cut_rows]))
 
 

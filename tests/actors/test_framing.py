@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from braid.actors.framing import ALIGNMENT, HEADER, MAGIC, MAX_FRAME_BYTES, VERSION, FrameReader, frame_pieces
+from braid.actors.framing import ALIGNMENT, HEADER, MAGIC, MAX_FRAME_BYTES, VERSION, FrameReader, Place, frame_pieces
 from braid.actors.pipe import PeerGone, Piece, Pipe
 
 
@@ -45,8 +45,9 @@ def stream_of(kind: int, meta: bytes, *payload: Piece) -> bytes:
     return b"".join(frame_pieces(kind, meta, payload)[0])
 
 
-def read_all(stream: bytes, step: int) -> list[tuple[int, bytes, memoryview]]:
+def read_all(stream: bytes, step: int, place: Place | None = None) -> list[tuple[int, bytes, memoryview]]:
     pipe, reader, frames = Trickle(stream, step), FrameReader(), []
+    reader.place = place
     while pipe.arrive():
         while (frame := reader.read(cast(Pipe, pipe))) is not None:
             frames.append(frame)
@@ -70,6 +71,20 @@ def test_a_payload_is_aligned_and_its_own(meta_len: int) -> None:
     assert addressof(c_char.from_buffer(first)) % ALIGNMENT == 0
     first[:] = b"y" * 5000
     assert second == b"x" * 5000
+
+
+@pytest.mark.parametrize("step", [1, 7, 50, 10_000])
+def test_a_payload_goes_where_its_receiver_wants_it(step: int) -> None:
+    wanted = memoryview(bytearray(5))
+
+    def place(kind: int, meta: bytes, num_bytes: int) -> memoryview | None:
+        return wanted if (kind, meta, num_bytes) == (7, b"mine", 5) else None
+
+    frames = [(1, b"mine", b"other"), (7, b"mine", b"hello"), (7, b"yours", b"right"), (7, b"mine", b"longer")]
+    got = read_all(b"".join(stream_of(*frame) for frame in frames), step, place)
+    assert [(kind, meta, bytes(payload)) for kind, meta, payload in got] == frames
+    assert [payload is wanted for _, _, payload in got] == [False, True, False, False]
+    assert bytes(wanted) == b"hello"
 
 
 def test_several_pieces_of_any_shape_are_one_payload() -> None:
