@@ -1,29 +1,47 @@
 """Who waits, who is placed where, and what this front end has reserved on which worker. Pure: time comes in as `now`.
 
 Placement is first come, first served: a request that does not fit yet keeps its place and those behind it wait too.
+The blocks reserved for a request are those it begins with. It grows on its worker, which preempts somebody when it has
+no more: until then `free_blocks` of the reports tells of the growth.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..actors.view import Role
-from ..router.placement import DecodeCandidate, DecodeLedger, Placement, blocks_needed, place
+from ..router.placement import (
+    DecodeCandidate,
+    DecodeLedger,
+    Placement,
+    PrefillCandidate,
+    blocks_at_first,
+    place,
+)
+from ..router.prefix_keys import prefix_keys
+from ..router.prefix_table import PrefixTable
 
 BUSY_PAUSE_S = 0.05  # a worker that just said "busy" is not asked again before
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request on its way. `order` is its arrival; `num_blocks` what it holds on its decode worker."""
+    """One request on its way. `order` is its arrival; `num_blocks` what it holds on its decode worker.
+
+    `num_uncached`: what of the prompt its prefill worker probably has to compute.
+    """
 
     order: int
     num_prompt: int
     max_tokens: int
+    prompt: Sequence[int] = ()
+    keys: list[bytes] | None = None
     placement: Placement | None = None
     num_blocks: int = 0
+    num_uncached: int = 0
     is_prefilled: bool = False
     is_seen: bool = False
 
@@ -41,17 +59,21 @@ class Ticket:
 
 @dataclass(slots=True)
 class LinkedWorker:
+    """`unprefilled_tokens` of prompts are on their way from us, `uncached_tokens` of which it must probably compute."""
+
     name: str
     role: Role
     load: dict[str, Any] | None = None
     ledger: DecodeLedger = field(default_factory=DecodeLedger)
     unprefilled_tokens: int = 0
+    uncached_tokens: int = 0
     paused_until: float = 0.0
 
     @property
     def queued_tokens(self) -> int:
-        """Reports lag behind what this front end has just sent."""
-        return max(self.load["waiting_tokens"] if self.load else 0, self.unprefilled_tokens)
+        """Ours, as far as it is not cached there; and what the report tells beyond ours is other front ends'."""
+        reported = self.load["waiting_tokens"] if self.load else 0
+        return self.uncached_tokens + max(reported - self.unprefilled_tokens, 0)
 
     def holds(self, num_positions: int) -> bool:
         return self.load is not None and num_positions <= self.load["total_blocks"] * self.load["block_size"]
@@ -61,6 +83,7 @@ class Admission:
     def __init__(self, max_waiting: int) -> None:
         self.max_waiting = max_waiting
         self.workers: dict[str, LinkedWorker] = {}
+        self.prefixes = PrefixTable()
         self.waiting: list[Ticket] = []
 
     # ---- workers
@@ -70,6 +93,7 @@ class Admission:
 
     def unlink(self, name: str) -> None:
         self.workers.pop(name, None)
+        self.prefixes.forget(name)
 
     def report(self, load: dict[str, Any]) -> None:
         worker = self.workers.get(load["worker"])
@@ -133,8 +157,7 @@ class Admission:
         assert ticket.placement is not None, "a token for a request that is not placed"
         if worker == ticket.placement.prefill and not ticket.is_prefilled:
             ticket.is_prefilled = True
-            if ticket.placement.prefill in self.workers:
-                self.workers[ticket.placement.prefill].unprefilled_tokens -= ticket.num_prompt
+            self._count_prompt(ticket.placement.prefill, -ticket.num_prompt, -ticket.num_uncached)
         if worker == ticket.placement.decode and not ticket.is_seen:
             ticket.is_seen = True
             if worker in self.workers:
@@ -147,33 +170,51 @@ class Admission:
         placement, ticket.placement = ticket.placement, None
         if placement is None:
             return
-        if placement.prefill in self.workers and not ticket.is_prefilled:
-            self.workers[placement.prefill].unprefilled_tokens -= ticket.num_prompt
+        if not ticket.is_prefilled:
+            self._count_prompt(placement.prefill, -ticket.num_prompt, -ticket.num_uncached)
         if placement.decode in self.workers:
             self.workers[placement.decode].ledger.release(ticket.num_blocks, ticket.is_seen)
-        ticket.num_blocks, ticket.is_prefilled, ticket.is_seen = 0, False, False
+        ticket.num_blocks, ticket.num_uncached, ticket.is_prefilled, ticket.is_seen = 0, 0, False, False
 
     def _place(self, ticket: Ticket, now: float) -> bool:
         awake = [worker for worker in self.workers.values() if worker.load and worker.paused_until <= now]
-        queues = {
-            w.name: w.queued_tokens for w in awake if w.role in ("prefill", "both") and w.holds(ticket.num_prompt)
-        }
-        decode = [
-            DecodeCandidate(w.name, w.ledger.free_blocks, w.load["running"])
-            for w in awake
-            if w.load and w.role in ("decode", "both")
-        ]
-        num_blocks = self._num_blocks(ticket, awake)
-        ticket.placement = place(queues, decode, num_blocks)
+        prefill = [w for w in awake if w.role in ("prefill", "both") and w.holds(ticket.num_prompt)]
+        decode = [w for w in awake if w.role in ("decode", "both")]
+        block_size = min((w.load["block_size"] for w in awake if w.load), default=1)
+        if ticket.keys is None:
+            ticket.keys = prefix_keys(ticket.prompt, block_size)
+        num_blocks = blocks_at_first(ticket.num_prompt, ticket.max_tokens, block_size) if ticket.needs_decode else 0
+        cached = {w.name: self.prefixes.hits(w.name, ticket.keys) for w in awake}
+        ticket.placement = place(
+            [
+                PrefillCandidate(w.name, w.queued_tokens, self._cached_tokens(ticket, cached[w.name], block_size))
+                for w in prefill
+            ],
+            [
+                DecodeCandidate(w.name, w.ledger.free_blocks, w.load["running"], cached[w.name])
+                for w in decode
+                if w.load
+            ],
+            ticket.num_prompt,
+            num_blocks,
+        )
         if ticket.placement is None:
             return False
+        chosen = ticket.placement
         ticket.num_blocks = num_blocks
-        self.workers[ticket.placement.prefill].unprefilled_tokens += ticket.num_prompt
-        self.workers[ticket.placement.decode].ledger.reserve(num_blocks)
+        ticket.num_uncached = ticket.num_prompt - self._cached_tokens(ticket, cached[chosen.prefill], block_size)
+        self._count_prompt(chosen.prefill, ticket.num_prompt, ticket.num_uncached)
+        self.workers[chosen.decode].ledger.reserve(num_blocks)
+        for name in {chosen.prefill, chosen.decode}:
+            self.prefixes.note(name, ticket.keys, self.workers[name].ledger.total_blocks)
         return True
 
-    def _num_blocks(self, ticket: Ticket, workers: list[LinkedWorker]) -> int:
-        if not ticket.needs_decode:
-            return 0
-        block_size = min((worker.load["block_size"] for worker in workers if worker.load), default=1)
-        return blocks_needed(ticket.num_prompt, ticket.max_tokens, block_size)
+    @staticmethod
+    def _cached_tokens(ticket: Ticket, num_blocks: int, block_size: int) -> int:
+        """The last token of a prompt is always computed, and its block with it."""
+        return min(num_blocks, (ticket.num_prompt - 1) // block_size) * block_size
+
+    def _count_prompt(self, worker: str, num_tokens: int, num_uncached: int) -> None:
+        if worker in self.workers:
+            self.workers[worker].unprefilled_tokens += num_tokens
+            self.workers[worker].uncached_tokens += num_uncached

@@ -115,7 +115,7 @@ class FrontEnd:
         span = request_span(self.tracer, self.settings, request)
         flight = Flight(
             request,
-            Ticket(next(self._numbers), len(request.prompt_ids), request.params.max_tokens),
+            Ticket(next(self._numbers), len(request.prompt_ids), request.params.max_tokens, request.prompt_ids),
             OutputStream(request.prompt_ids, request.params, request.stop, self.tokenizer.decoder()),
             span,
             self.tracer.carrier(span),
@@ -210,6 +210,7 @@ class FrontEnd:
             flight.first_token_ns = time.time_ns()
             self.metrics.time_to_first_token.observe((flight.first_token_ns - flight.arrived_ns) / 1e9)
             self.metrics.prompt_tokens.inc(len(flight.request.prompt_ids))
+            self.metrics.note_transfer(item.get("timing") or {})
         self.metrics.generation_tokens.inc(flight.stream.num_tokens - before)
         flight.outbox.extend(deltas)
         flight.wake.set()

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TRANSFER_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+TRANSFER_BYTES = tuple(float(4**power * 1024) for power in range(2, 12))  # 16 KiB to 4 GiB
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,12 +42,28 @@ class Metrics:
             "time_per_output_token", "Mean time between the tokens of a request after its first", STEP_SECONDS
         )
         self.request_duration = self._histogram("request_duration", "From arrival to the last token", SECONDS)
+        self.kv_transfer = self._histogram(
+            "kv_transfer", "From the first KV row sent to the decode worker to the last", TRANSFER_SECONDS
+        )
+        self.kv_send = self._histogram(
+            "kv_send", "Part of a KV transfer in which the prefill worker did nothing else", TRANSFER_SECONDS
+        )
+        self.kv_transfer_bytes = Histogram(
+            "braid_kv_transfer_bytes", "KV rows sent for a request", buckets=TRANSFER_BYTES, registry=self.registry
+        )
         self.requests = Counter(
             "braid_requests", "Requests ended, by how", ["finish"], registry=self.registry
         )  # stop, length, cancelled, or the code of a refusal
         self.prompt_tokens = Counter("braid_prompt_tokens", "Prompt tokens of placed requests", registry=self.registry)
         self.generation_tokens = Counter("braid_generation_tokens", "Tokens generated", registry=self.registry)
         self.registry.register(_Reported(waiting, loads))
+
+    def note_transfer(self, timing: Mapping[str, float]) -> None:
+        """`timing` comes with a request's first token; it tells of a transfer where there was one."""
+        if "kv_s" in timing:
+            self.kv_transfer.observe(timing["kv_s"])
+            self.kv_send.observe(timing["kv_send_s"])
+            self.kv_transfer_bytes.observe(timing["kv_bytes"])
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -49,12 +49,18 @@ class ExpertPool:
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """`kv_tokens` and `max_model_len` are computed from memory and from the checkpoint when not given."""
+    """`kv_tokens` and `max_model_len` are computed from memory and from the checkpoint when not given.
+
+    `kv_checksums`: rows of the KV cache that go to another worker are checked there, at about 0.5 ns a byte.
+    `speculation`: a checkpoint's MTP module drafts tokens where that pays; no answer depends on it.
+    """
 
     max_sequences: int = 64
     max_batch_tokens: int = 512
     kv_tokens: int | None = None
     max_model_len: int | None = None
+    kv_checksums: bool = False
+    speculation: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+RUNNING_TOKENS = 64  # what a running sequence still takes from a prompt that is computed beside it, in prompt tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCandidate:
+    """`queued_tokens`: what it has to compute before; `cached_tokens`: what of the new prompt it is likely to hold."""
+
+    name: str
+    queued_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeCandidate:
-    """`free_blocks` is what a new sequence may count on; it can be negative while reports lag behind reservations."""
+    """`free_blocks` is what a new sequence may count on; it can be negative while reports lag behind reservations.
+
+    `cached_blocks` of the new prompt it is likely to hold: they need not travel.
+    """
 
     name: str
     free_blocks: int
     running: int = 0
+    cached_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +36,39 @@ class Placement:
     decode: str
 
 
-def blocks_needed(num_prompt: int, max_tokens: int, block_size: int) -> int:
-    """Blocks a sequence may come to fill. The last generated token never enters the cache."""
-    return -(-(num_prompt + max(max_tokens - 1, 0)) // block_size)
+def blocks_at_first(num_prompt: int, max_tokens: int, block_size: int) -> int:
+    """Blocks a sequence needs to begin with; it takes more as it grows, or is preempted where there are none."""
+    return -(-min(num_prompt + 1, num_prompt + max(max_tokens - 1, 0)) // block_size)
 
 
-def place(queues: Mapping[str, int], decode: Iterable[DecodeCandidate], num_blocks: int) -> Placement | None:
-    """The decode worker with the most free blocks and the prefill worker with the shortest queue; None = no room now.
+def place(
+    prefill: Iterable[PrefillCandidate], decode: Iterable[DecodeCandidate], num_prompt: int, num_blocks: int
+) -> Placement | None:
+    """Where a prompt of `num_prompt` tokens goes that needs `num_blocks` to begin decoding; None: no room now.
 
-    `queues`: queued prompt tokens by prefill worker. 0 blocks: the prompt's worker samples the only token as well.
-    When the chosen decode worker also computes prompts, it computes this one: the KV cache then never travels.
+    The prompt goes where its first token comes soonest: least work queued and left of the prompt itself, so that a
+    cached prefix counts as much as the queue it is worth. The decode worker is the one with the most room; what it
+    holds of the prompt counts as room, and every sequence that runs there keeps a block to grow into. 0 blocks: the
+    prompt's worker samples the only token as well. A worker of both roles decodes what it computes: the KV cache never
+    travels.
     """
-    if queues and not num_blocks:
-        return Placement(shortest_queue(queues), shortest_queue(queues))
-    roomy = [candidate for candidate in decode if candidate.free_blocks >= num_blocks]
-    if not queues or not roomy:
+    works = {one.name: one.queued_tokens + num_prompt - one.cached_tokens for one in prefill}
+    if works and not num_blocks:
+        return Placement(least(works), least(works))
+    roomy = [one for one in decode if one.free_blocks - one.running >= num_blocks]
+    if not works or not roomy:
         return None
-    target = min(roomy, key=lambda c: (-c.free_blocks, queues.get(c.name, 0), c.running, c.name)).name
-    return Placement(target if target in queues else shortest_queue(queues), target)
+
+    def cost(one: DecodeCandidate) -> tuple[int, int, int, str]:
+        work = works[one.name] + RUNNING_TOKENS * one.running if one.name in works else 0
+        return work, -(one.free_blocks + one.cached_blocks), one.running, one.name
+
+    target = min(roomy, key=cost).name
+    return Placement(target if target in works else least(works), target)
 
 
-def shortest_queue(queues: Mapping[str, int]) -> str:
-    return min(queues, key=lambda name: (queues[name], name))
+def least(works: dict[str, int]) -> str:
+    return min(works, key=lambda name: (works[name], name))
 
 
 @dataclass(slots=True)

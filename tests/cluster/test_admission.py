@@ -26,7 +26,8 @@ def admission_of(max_waiting: int = 10, **workers: Role) -> Admission:
 def check_idle(admission: Admission) -> None:
     assert admission.waiting == []
     for worker in admission.workers.values():
-        assert (worker.ledger.reserved, worker.ledger.unseen, worker.unprefilled_tokens) == (0, 0, 0)
+        assert (worker.ledger.reserved, worker.ledger.unseen) == (0, 0)
+        assert (worker.unprefilled_tokens, worker.uncached_tokens) == (0, 0)
 
 
 def test_first_come_first_served_even_when_a_later_one_would_fit() -> None:

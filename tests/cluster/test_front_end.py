@@ -245,7 +245,7 @@ def test_waits_in_order_until_a_decode_worker_has_room(run_dir: Path, byte_token
     async def scenario() -> None:
         worker = ScriptedWorker(run_dir, "both-0", total_blocks=2, free_blocks=2)
         async with front_of(byte_tokenizer, worker) as front:
-            big = asyncio.create_task(gather(front, ask(max_tokens=100)))  # both blocks
+            big = asyncio.create_task(gather(front, ask(prompt=(5,) * 64, max_tokens=20)))  # both blocks
             first = await submitted(worker)
             later = [asyncio.create_task(gather(front, ask(max_tokens=10 + place))) for place in range(2)]
             await until(lambda: front.load()["waiting"] == 2, "two waiting")

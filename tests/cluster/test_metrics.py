@@ -62,7 +62,7 @@ def test_counts_a_request(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
 
             answer = asyncio.create_task(consume())
             submit = await asyncio.to_thread(worker.next_submit)
-            worker.say(TokenItem(submit.id, 0, [65]))
+            worker.say(TokenItem(submit.id, 0, [65], timing={"kv_s": 0.25, "kv_send_s": 0.002, "kv_bytes": 4096}))
             worker.say(TokenItem(submit.id, 1, [66, 67], finish="stop"))
             await answer
             shown = samples(front.metrics.render())
@@ -72,5 +72,8 @@ def test_counts_a_request(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
             for name in ("time_to_first_token", "time_per_output_token", "request_duration"):
                 assert shown[f"braid_{name}_seconds_count", ()] == 1
                 assert 0 <= shown[f"braid_{name}_seconds_sum", ()] < 10
+            assert shown["braid_kv_transfer_seconds_sum", ()] == 0.25
+            assert shown["braid_kv_send_seconds_bucket", (("le", "0.0025"),)] == 1
+            assert shown["braid_kv_transfer_bytes_sum", ()] == 4096
 
     run(scenario())
