@@ -1,9 +1,13 @@
 // The module `braid.kernels._native`: the kernels' functions, and what this CPU can run of them.
 #include "arguments.hpp"
 
+extern const PyMethodDef attention_decode_methods[];
+extern const PyMethodDef attention_prefill_methods[];
 extern const PyMethodDef expert_methods[];
+extern const PyMethodDef gate_methods[];
 extern const PyMethodDef linear_methods[];
 extern const PyMethodDef pool_methods[];
+extern const PyMethodDef rows_methods[];
 
 namespace {
 
@@ -22,7 +26,8 @@ const PyMethodDef feature_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-const PyMethodDef* const ALL[] = {feature_methods, expert_methods, linear_methods, pool_methods};
+const PyMethodDef* const ALL[] = {feature_methods, attention_decode_methods, attention_prefill_methods, expert_methods,
+                                  gate_methods,    linear_methods,           pool_methods,              rows_methods};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
