@@ -24,37 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62raid/cluster/braid_v1.proto\x12\x08\x62raid.v1\"\xc4\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12&\n\x08messages\x18\x04 \x01(\x0b\x32\x12.braid.v1.MessagesH\x00\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.braid.v1.TokenIdsH\x00\x12$\n\x08sampling\x18\x06 \x01(\x0b\x32\x12.braid.v1.SamplingB\x07\n\x05input\"/\n\x08Messages\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.braid.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd8\x02\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x12H\x03\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x04\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\rH\x05\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x9c\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.braid.v1.TokenLogprob\x12/\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x16.braid.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.braid.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x12\x1e\n\x05usage\x18\x08 \x01(\x0b\x32\x0f.braid.v1.UsageB\r\n\x0bstop_reason\"e\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12!\n\x03top\x18\x03 \x03(\x0b\x32\x14.braid.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x15\n\x13GetModelInfoRequest\"k\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07notices\x18\x05 \x03(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x90\x01\n\x05\x42raid\x12\x43\n\x08Generate\x12\x19.braid.v1.GenerateRequest\x1a\x1a.braid.v1.GenerateResponse0\x01\x12\x42\n\x0cGetModelInfo\x12\x1d.braid.v1.GetModelInfoRequest\x1a\x13.braid.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62raid/cluster/braid_v1.proto\x12\x08\x62raid.v1\"\xe4\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12&\n\x08messages\x18\x04 \x01(\x0b\x32\x12.braid.v1.MessagesH\x00\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.braid.v1.TokenIdsH\x00\x12$\n\x08sampling\x18\x06 \x01(\x0b\x32\x12.braid.v1.Sampling\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x0c\n\x04user\x18\x08 \x01(\tB\x07\n\x05input\"/\n\x08Messages\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.braid.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd8\x02\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x12H\x03\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x04\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\rH\x05\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x9c\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.braid.v1.TokenLogprob\x12/\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x16.braid.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.braid.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x12\x1e\n\x05usage\x18\x08 \x01(\x0b\x32\x0f.braid.v1.UsageB\r\n\x0bstop_reason\"e\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12!\n\x03top\x18\x03 \x03(\x0b\x32\x14.braid.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x15\n\x13GetModelInfoRequest\"k\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07notices\x18\x05 \x03(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x90\x01\n\x05\x42raid\x12\x43\n\x08Generate\x12\x19.braid.v1.GenerateRequest\x1a\x1a.braid.v1.GenerateResponse0\x01\x12\x42\n\x0cGetModelInfo\x12\x1d.braid.v1.GetModelInfoRequest\x1a\x13.braid.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'braid.cluster.braid_v1_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1357
-  _globals['_FINISHREASON']._serialized_end=1452
+  _globals['_FINISHREASON']._serialized_start=1389
+  _globals['_FINISHREASON']._serialized_end=1484
   _globals['_GENERATEREQUEST']._serialized_start=43
-  _globals['_GENERATEREQUEST']._serialized_end=239
-  _globals['_MESSAGES']._serialized_start=241
-  _globals['_MESSAGES']._serialized_end=288
-  _globals['_MESSAGE']._serialized_start=290
-  _globals['_MESSAGE']._serialized_end=330
-  _globals['_TOKENIDS']._serialized_start=332
-  _globals['_TOKENIDS']._serialized_end=355
-  _globals['_SAMPLING']._serialized_start=358
-  _globals['_SAMPLING']._serialized_end=702
-  _globals['_GENERATERESPONSE']._serialized_start=705
-  _globals['_GENERATERESPONSE']._serialized_end=989
-  _globals['_TOKENLOGPROB']._serialized_start=991
-  _globals['_TOKENLOGPROB']._serialized_end=1092
-  _globals['_TOPLOGPROB']._serialized_start=1094
-  _globals['_TOPLOGPROB']._serialized_end=1141
-  _globals['_USAGE']._serialized_start=1143
-  _globals['_USAGE']._serialized_end=1223
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1225
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1246
-  _globals['_MODELINFO']._serialized_start=1248
-  _globals['_MODELINFO']._serialized_end=1355
-  _globals['_BRAID']._serialized_start=1455
-  _globals['_BRAID']._serialized_end=1599
+  _globals['_GENERATEREQUEST']._serialized_end=271
+  _globals['_MESSAGES']._serialized_start=273
+  _globals['_MESSAGES']._serialized_end=320
+  _globals['_MESSAGE']._serialized_start=322
+  _globals['_MESSAGE']._serialized_end=362
+  _globals['_TOKENIDS']._serialized_start=364
+  _globals['_TOKENIDS']._serialized_end=387
+  _globals['_SAMPLING']._serialized_start=390
+  _globals['_SAMPLING']._serialized_end=734
+  _globals['_GENERATERESPONSE']._serialized_start=737
+  _globals['_GENERATERESPONSE']._serialized_end=1021
+  _globals['_TOKENLOGPROB']._serialized_start=1023
+  _globals['_TOKENLOGPROB']._serialized_end=1124
+  _globals['_TOPLOGPROB']._serialized_start=1126
+  _globals['_TOPLOGPROB']._serialized_end=1173
+  _globals['_USAGE']._serialized_start=1175
+  _globals['_USAGE']._serialized_end=1255
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1257
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1278
+  _globals['_MODELINFO']._serialized_start=1280
+  _globals['_MODELINFO']._serialized_end=1387
+  _globals['_BRAID']._serialized_start=1487
+  _globals['_BRAID']._serialized_end=1631
 # @@protoc_insertion_point(module_scope)

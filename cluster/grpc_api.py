@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, Never
 
 import grpc
@@ -15,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from . import braid_v1_pb2 as pb
+from .callers import caller_of
 from .front_end import FrontEnd
 from .grpc_words import read_request, write_delta, write_info
 from .request import ModelInfo, RequestRefused
@@ -72,7 +74,7 @@ async def serve_grpc(
     ]
     server = grpc.aio.server(interceptors=[_ApiKeys(api_keys)] if api_keys else [], options=options)
     bound = _bind(server, host, port)
-    server.add_generic_rpc_handlers((_Braid(front, model_info).handlers(),))
+    server.add_generic_rpc_handlers((_Braid(front, model_info, api_keys).handlers(),))
     statuses = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -119,9 +121,10 @@ async def _set_health(statuses: health.aio.HealthServicer, is_ready: bool) -> No
 
 
 class _Braid:
-    def __init__(self, front: FrontEnd, info: ModelInfo) -> None:
+    def __init__(self, front: FrontEnd, info: ModelInfo, api_keys: Collection[str]) -> None:
         self.front = front
         self.info = info
+        self.api_keys = api_keys
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Generate reads its bytes itself: gRPC would answer UNKNOWN to bytes that are no GenerateRequest."""
@@ -137,9 +140,10 @@ class _Braid:
     async def generate(self, message: bytes, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         metadata = dict(context.invocation_metadata() or ())
         carrier = {name: str(metadata[name]) for name in TRACE_HEADERS if name in metadata}
+        caller = partial(caller_of, str(metadata.get("authorization", "")), self.api_keys)
         timeout_s = context.time_remaining()
         try:
-            request = await read_request(message, self.front.tokenizer, self.info, carrier, timeout_s)
+            request = await read_request(message, self.front.tokenizer, self.info, carrier, timeout_s, caller)
             async with aclosing(self.front.generate(request)) as deltas:  # a cancelled call cancels the request
                 async for delta in deltas:
                     yield write_delta(delta)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from google.protobuf.message import DecodeError
 
@@ -22,8 +22,14 @@ FINISH_REASONS = {
 
 
 async def read_request(
-    message: bytes, tokenizer: Tokenizer, info: ModelInfo, carrier: Mapping[str, str], timeout_s: float | None
+    message: bytes,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    carrier: Mapping[str, str],
+    timeout_s: float | None,
+    caller_of: Callable[[str], str] = str,
 ) -> GenerateRequest:
+    """`caller_of` takes the user that the message names."""
     try:
         wire = pb.GenerateRequest.FromString(message)
         if wire.model not in ("", info.name):
@@ -34,7 +40,17 @@ async def read_request(
     params = read_sampling(wire.sampling, max(info.max_model_len - len(prompt_ids), 1))
     operation: Operation = "chat" if wire.WhichOneof("input") == "messages" else "text_completion"
     stop = tuple(wire.sampling.stop)
-    return GenerateRequest(prompt_ids, params, stop, carrier, timeout_s, wire.request_id, operation)
+    return GenerateRequest(
+        prompt_ids,
+        params,
+        stop,
+        carrier,
+        timeout_s,
+        wire.request_id,
+        operation,
+        wire.priority,
+        caller_of(wire.user),
+    )
 
 
 async def _prompt_ids(wire: pb.GenerateRequest, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import hmac
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import http_errors
+from .callers import caller_of
 from .http_answer import Exchange, Front, chunks, whole
 from .http_errors import ApiError
 from .http_requests import Call, understand
@@ -43,11 +45,11 @@ def build_app(
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(request, CompletionBody, front(), info, max_body_bytes)
+        return await _answer(request, CompletionBody, front(), info, max_body_bytes, api_keys)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(request, ChatBody, front(), info, max_body_bytes)
+        return await _answer(request, ChatBody, front(), info, max_body_bytes, api_keys)
 
     return app
 
@@ -84,10 +86,13 @@ def model_card(info: ModelInfo) -> dict[str, Any]:
     return {**card, "parent": None, **more}
 
 
-async def _answer(request: Request, kind: type[AnyBody], front: Front, info: ModelInfo, limit: int) -> Response:
+async def _answer(
+    request: Request, kind: type[AnyBody], front: Front, info: ModelInfo, limit: int, api_keys: frozenset[str]
+) -> Response:
     try:
         raw = await _read_body(request, limit)
-        call = Call(uuid.uuid4().hex, int(time.time()), _carrier(request))
+        caller = partial(caller_of, request.headers.get("authorization", ""), api_keys)
+        call = Call(uuid.uuid4().hex, int(time.time()), _carrier(request), caller)
         body, exchange = await _understand(raw, kind, front, info, call)
         if body.stream:
             return EventStream(chunks(front, exchange))

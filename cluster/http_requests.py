@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -22,11 +22,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What an HTTP request brings beside its body."""
+    """What an HTTP request brings beside its body. `caller_of` takes the body's user."""
 
     id: str
     created: int
     carrier: Mapping[str, str]
+    caller_of: Callable[[str], str] = str
 
 
 def understand(body: CompletionBody | ChatBody, tokenizer: Tokenizer, info: ModelInfo, call: Call) -> Exchange:
@@ -145,6 +146,7 @@ def _exchange(
     settings: Sequence[SamplingParams],
 ) -> Exchange:
     n = body.n or 1
+    caller = call.caller_of(body.user or "")
     requests = [
         GenerateRequest(
             prompt.ids,
@@ -152,6 +154,8 @@ def _exchange(
             body.stops,
             call.carrier,
             request_id=f"{shape.id_prefix}{call.id}-{place * n + choice}",
+            priority=body.priority or 0,
+            caller=caller,
         )
         for place, (prompt, params) in enumerate(zip(prompts, settings, strict=True))
         for choice in range(n)

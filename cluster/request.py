@@ -13,6 +13,8 @@ RefusalCode = Literal["invalid", "busy", "unavailable", "deadline", "not_found",
 
 Operation = Literal["text_completion", "chat"]
 
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+
 
 class RequestRefused(Exception):
     """Ends a request with an answer, before its first delta or, when a worker dies, in the midst of the stream."""
@@ -26,7 +28,10 @@ class RequestRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """`carrier` holds the caller's W3C trace headers; `request_id` is the caller's name for it, in traces only."""
+    """`carrier` holds the caller's W3C trace headers; `request_id` is the caller's name for it, in traces only.
+
+    `priority`: lower is served first. Callers of one priority take turns, and `caller` tells them apart.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
@@ -35,6 +40,8 @@ class GenerateRequest:
     timeout_s: float | None = None  # None = the front end's own limit, which also caps it
     request_id: str = ""
     operation: Operation = "text_completion"  # in traces only
+    priority: int = 0
+    caller: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,5 +130,7 @@ def check_request(request: GenerateRequest, settings: FrontEndSettings) -> None:
     for token_id in request.prompt_ids:
         if not 0 <= token_id < settings.vocab_size:
             raise ValueError(f"token id {token_id} in the prompt: use 0 to {settings.vocab_size - 1}")
+    if not MIN_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise ValueError(f"priority is {request.priority}: use {MIN_PRIORITY} to {MAX_PRIORITY}, lower is sooner")
     if "" in request.stop:
         raise ValueError("stop contains an empty string: leave it out")

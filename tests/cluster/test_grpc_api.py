@@ -69,7 +69,8 @@ def test_streams_deltas_and_keeps_the_callers_trace(run_dir: Path, byte_tokenize
             sampling = pb.Sampling(
                 max_tokens=5, temperature=0.7, seed=-3, stop=["END"], logprobs=1, stop_token_ids=[66]
             )
-            request = pb.GenerateRequest(model="tiny", token_ids=pb.TokenIds(ids=[1, 2]), sampling=sampling)
+            ids = pb.TokenIds(ids=[1, 2])
+            request = pb.GenerateRequest(model="tiny", token_ids=ids, sampling=sampling, priority=-1, user="anna")
             call = stub.Generate(request, metadata=[("traceparent", TRACEPARENT)])
             submit = await submitted(worker)
             expected = SamplingParams(5, temperature=0.7, seed=-3, logprobs=1, stop_token_ids=(66,))

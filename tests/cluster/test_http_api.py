@@ -131,6 +131,7 @@ def test_every_sampling_field_reaches_the_front_end(front: ScriptedFront, url: s
         ignore_eos=True,
         stop_token_ids=[3],
         logprobs=5,
+        priority=-2,
         user="someone",
         never_heard_of=1,
     )
@@ -149,6 +150,7 @@ def test_every_sampling_field_reaches_the_front_end(front: ScriptedFront, url: s
         "prompt_logprobs": None,
     }
     assert request.stop == ("x", "y")
+    assert (request.priority, request.caller) == (-2, "someone")
     assert request.prompt_ids == tuple(front.tokenizer.encode("hi"))
 
 
@@ -399,7 +401,8 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(front: ScriptedFront,
 
 def test_keys_guard_v1_alone(tokenizer: Tokenizer) -> None:
     keys = frozenset({"first", "schlüssel"})
-    with served(ScriptedFront(tokenizer), info(tokenizer), api_keys=keys) as port:
+    front = ScriptedFront(tokenizer)
+    with served(front, info(tokenizer), api_keys=keys) as port:
         url = f"http://127.0.0.1:{port}"
         for header in [None, "Bearer", "Bearer wrong", "Basic first", "first", "Bearer first2"]:
             headers = {"authorization": header} if header else {}
@@ -409,6 +412,10 @@ def test_keys_guard_v1_alone(tokenizer: Tokenizer) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
         for key in (b"Bearer first", "bearer schlüssel".encode()):
             assert httpx.get(f"{url}/v1/models", headers={b"authorization": key}).status_code == 200
+            assert httpx.post(
+                f"{url}/v1/completions", json={"prompt": "hi"}, headers={b"authorization": key}
+            ).is_success
+        assert len({request.caller for request in front.seen}) == 2  # they take turns
         assert httpx.get(f"{url}/v1/nothing").status_code == 401
         assert httpx.get(f"{url}/health").status_code == 200
         with openai.OpenAI(base_url=f"{url}/v1", api_key="no") as client, pytest.raises(openai.AuthenticationError):
