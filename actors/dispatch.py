@@ -77,7 +77,7 @@ class RemoteHandle:
 
 @dataclass(slots=True)
 class Counters:
-    """Sums. A hop is one worker's share of one layer; `timed` are those whose rows were waited for, not fetched late."""
+    """Sums. A hop is one worker's share of a layer; `timed` are those whose rows were waited for, not fetched late."""
 
     hops: int = 0
     rows: int = 0
@@ -212,7 +212,7 @@ class RemoteExperts:
             self._owner_rows[:] = 0
 
     def take_failed(self) -> dict[int, str]:
-        """Batch rows that lost an expert since the last call, each with the reason. Ends the step: no handle is open."""
+        """Batch rows that lost an expert since the last call, each with the reason. Ends a step: no handle is open."""
         failed, self.failed = self.failed, {}
         self._open.clear()  # of a step that broke off
         return failed

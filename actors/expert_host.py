@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,34 +35,33 @@ class ExpertHost:
 
     def __init__(self, weights: Mapping[int, ExpertWeights], num_experts: int) -> None:
         self._weights = dict(weights)
-        self._local: dict[int, Tensor] = {}
+        self._local: dict[int, npt.NDArray[np.int64]] = {}
         for layer, held in weights.items():
-            local = torch.full((num_experts,), -1, dtype=torch.int64)
-            local[list(held.expert_ids)] = torch.arange(len(held.expert_ids))
-            self._local[layer] = local
+            self._local[layer] = local = np.full(num_experts, -1)
+            local[list(held.expert_ids)] = np.arange(len(held.expert_ids))
 
     def local_experts(self, layer: int, part: Slice) -> Tensor:
         """Places of the pairs' experts in this worker's weights. Raises NotResident."""
         if layer not in self._local:
             raise NotResident(layer, torch.unique(part.expert_of_pair))
-        local = self._local[layer][part.expert_of_pair]
-        if len(local) and int(local.min()) < 0:
-            raise NotResident(layer, torch.unique(part.expert_of_pair[local < 0]))
-        return local
+        local = self._local[layer][part.expert_of_pair.numpy()]
+        if len(local) and local.min() < 0:
+            raise NotResident(layer, torch.unique(part.expert_of_pair[torch.from_numpy(local < 0)]))
+        return torch.from_numpy(local)
 
-    def run(self, layer: int, parts: list[tuple[Slice, Tensor]]) -> list[Tensor]:
-        """Runs the slices of several peers as one batch; parts: (slice, local experts). Returns [pairs, hidden] each.
+    def run(self, layer: int, parts: list[tuple[Slice, Tensor]], out: Tensor) -> None:
+        """Runs the slices of several peers as one batch; parts: (slice, local experts), out: [pairs of all, hidden].
 
         Batching changes no bits: grouped_mlp is row-invariant (DESIGN law 5).
         """
         held = self._weights[layer]
-        if len(parts) == 1:
-            part, local = parts[0]
-            return [held.ops.grouped_mlp(part.x, part.row_of_pair, local, held.w13, held.w2)]
-        offsets = [0]
-        for part, _ in parts:
-            offsets.append(offsets[-1] + len(part.x))
-        x = torch.cat([part.x for part, _ in parts])
-        row_of_pair = torch.cat([part.row_of_pair + offset for (part, _), offset in zip(parts, offsets, strict=False)])
-        rows = held.ops.grouped_mlp(x, row_of_pair, torch.cat([local for _, local in parts]), held.w13, held.w2)
-        return list(torch.split(rows, [len(local) for _, local in parts]))
+        (part, local), *others = parts
+        x, row_of_pair = part.x, part.row_of_pair
+        if others:
+            offsets = np.cumsum([0, *(len(part.x) for part, _ in parts)]).tolist()
+            x = torch.cat([part.x for part, _ in parts])
+            row_of_pair = torch.cat(
+                [part.row_of_pair + first for (part, _), first in zip(parts, offsets, strict=False)]
+            )
+            local = torch.cat([local for _, local in parts])
+        held.ops.grouped_mlp(x, row_of_pair, local, held.w13, held.w2, out=out)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from braid.actors.expert_host import Slice
-from braid.actors.expert_worker import PREFILL_PATIENCE_S, Job, jobs_of, next_batch
+from braid.actors.expert_server import PREFILL_PATIENCE_S, Job, jobs_of, next_batch
 from braid.actors.links import Hello, Link
 from braid.actors.messages import DISPATCH, Kind
 from braid.actors.reactor import Event, Reactor, Received
