@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes what an intrinsic leaves open for a mistake
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #include <immintrin.h>
 
