@@ -99,6 +99,7 @@ def pack_stack(weights: Tensor | Sequence[Tensor], is_gate_up: bool = False) -> 
     if inputs == 0 or outputs == 0 or (is_gate_up and outputs % 2):
         raise ValueError(f"a matrix [{outputs}, {inputs}] cannot be packed{' as gate and up' * is_gate_up}")
     data = torch.empty(len(weights), _packed_size(outputs, inputs, dtype, is_gate_up), dtype=dtype)
+    _native.use_large_pages(data.data_ptr(), data.nbytes)
     for weight, out in zip(weights, data, strict=True):
         assert (weight.shape, weight.dtype) == (first.shape, dtype), "a stack's matrices are of one shape and dtype"
         weight = weight if weight.stride(1) == 1 else weight.contiguous()

