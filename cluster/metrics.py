@@ -23,10 +23,19 @@ EXPERT_LOAD = {
 STATES = {*EXPERT_LOAD, "epoch"}
 GAUGES = {
     "kv_blocks_used": "Latent KV blocks in use",
+    "kv_blocks_cached": "Latent KV blocks not in use that hold the beginning of a prompt",
     "kv_blocks_total": "Latent KV blocks there are",
     "sequences_running": "Sequences in the running batch",
     "sequences_waiting": "Sequences that wait for a place in the batch",
     "waiting_prompt_tokens": "Prompt tokens not yet computed",
+}
+
+_REPORTED = {
+    "kv_blocks_cached": "cached_blocks",
+    "kv_blocks_total": "total_blocks",
+    "sequences_running": "running",
+    "sequences_waiting": "waiting",
+    "waiting_prompt_tokens": "waiting_tokens",
 }
 
 Load = Mapping[str, Any]  # actors/messages.py: load
@@ -98,8 +107,7 @@ class _Reported:
 def _state(load: Load, name: str) -> float:
     if name == "kv_blocks_used":
         return float(load["total_blocks"] - load["free_blocks"])
-    keys = {"kv_blocks_total": "total_blocks", "sequences_running": "running", "sequences_waiting": "waiting"}
-    return float(load[keys.get(name, "waiting_tokens")])
+    return float(load[_REPORTED[name]])
 
 
 def _gauge(name: str, told: str, values: list[tuple[Load, float]]) -> Metric:

@@ -56,7 +56,7 @@ class EngineLimits:
     """
 
     max_sequences: int = 64
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 2048
     kv_tokens: int | None = None
     max_model_len: int | None = None
     kv_checksums: bool = False

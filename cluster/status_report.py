@@ -84,4 +84,12 @@ def _load(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "waiting": sum(row["waiting"] for row in attention),
         "free_blocks": sum(row["free_blocks"] for row in attention),
         "total_blocks": sum(row["total_blocks"] for row in attention),
+        "preemptions": sum(row["counters"].get("preemptions", 0) for row in attention),
+        "prefix_hit_rate": _hit_rate([row["counters"] for row in attention]),
     }
+
+
+def _hit_rate(counters: list[dict[str, float]]) -> float | None:
+    """The share of all prompt tokens that were in a cache already; None before the first prompt."""
+    asked = sum(count.get("prefix_query_tokens", 0) for count in counters)
+    return sum(count.get("prefix_hit_tokens", 0) for count in counters) / asked if asked else None

@@ -84,9 +84,10 @@ def _status_parts(status: Row) -> Iterator[RenderableType]:
         yield from (Text(line) for line in expert_picture(status))
     load = status["load"]
     used = load["total_blocks"] - load["free_blocks"]
-    yield Text(
-        f"load: {load['sequences']} sequences, {load['waiting']} waiting, {used}/{load['total_blocks']} KV blocks"
-    )
+    told = f"load: {load['sequences']} sequences, {load['waiting']} waiting, {used}/{load['total_blocks']} KV blocks"
+    if load["prefix_hit_rate"] is not None:
+        told += f", {load['prefix_hit_rate']:.0%} of prompt tokens found in the cache"
+    yield Text(told)
 
 
 def worker_table(workers: Sequence[Row]) -> Table:

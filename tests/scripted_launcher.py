@@ -56,7 +56,8 @@ class ScriptedWorker:
 
     async def status(self) -> dict[str, Any]:
         await self._called("status")
-        return {"sequences": 1, "free_blocks": 3, "total_blocks": 4, "counters": {"tokens": 5, "hops": 6}}
+        counters = {"tokens": 5, "hops": 6, "prefix_query_tokens": 8, "prefix_hit_tokens": 2}
+        return {"sequences": 1, "free_blocks": 3, "total_blocks": 4, "counters": counters}
 
     async def stop(self) -> None:
         await self._called("stop")

@@ -41,6 +41,7 @@ class ScriptedWorker:
             "worker": name,
             "role": role,
             "free_blocks": 64,
+            "cached_blocks": 0,
             "total_blocks": 64,
             "block_size": BLOCK_SIZE,
             "running": 0,

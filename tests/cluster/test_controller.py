@@ -155,7 +155,8 @@ def test_status_adds_up() -> None:
             await asyncio.sleep(0.01)
         status = await controller.status()
         assert status["expert_map"] is None
-        assert status["load"] == {"sequences": 3, "waiting": 0, "free_blocks": 9, "total_blocks": 12}
+        load = {"sequences": 3, "waiting": 0, "free_blocks": 9, "total_blocks": 12, "preemptions": 0}
+        assert status["load"] == load | {"prefix_hit_rate": 0.25}
         assert status["workers"][0]["tokens"] == 5
         assert status["workers"][0]["hops"] == 6
         await controller.down("test")

@@ -13,7 +13,7 @@ from braid.cluster.request import GenerateRequest
 from braid.model.sampling_params import SamplingParams
 from braid.model.tokenizer import Tokenizer
 
-LOAD = {"free_blocks": 3, "total_blocks": 8, "running": 2, "waiting": 1, "waiting_tokens": 70}
+LOAD = {"free_blocks": 3, "cached_blocks": 2, "total_blocks": 8, "running": 2, "waiting": 1, "waiting_tokens": 70}
 
 
 def samples(rendered: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -37,6 +37,7 @@ def test_shows_what_workers_report_and_forgets_who_left() -> None:
     assert shown["braid_queue_requests", ()] == 5
     assert shown["braid_worker_kv_blocks_used", d] == 5
     assert shown["braid_worker_kv_blocks_total", d] == 8
+    assert shown["braid_worker_kv_blocks_cached", d] == 2
     assert shown["braid_worker_sequences_running", d] == 2
     assert shown["braid_worker_sequences_waiting", p] == 1
     assert shown["braid_worker_waiting_prompt_tokens", p] == 70

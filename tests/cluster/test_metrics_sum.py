@@ -10,7 +10,7 @@ from braid.cluster.metrics_sum import add_up
 
 def front(requests: int, waiting: int) -> Metrics:
     load = {"worker": "decode-0", "role": "decode", "free_blocks": 1, "total_blocks": 4, "running": 1, "waiting": 0}
-    load |= {"waiting_tokens": 0, "counters": {"tokens": 10, "epoch": 3}}
+    load |= {"cached_blocks": 0, "waiting_tokens": 0, "counters": {"tokens": 10, "epoch": 3}}
     metrics = Metrics(lambda: waiting, lambda: [load])
     for _ in range(requests):
         metrics.requests.labels("stop").inc()

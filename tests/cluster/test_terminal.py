@@ -24,7 +24,7 @@ def status(*workers: dict[str, Any], replicas: list[int]) -> dict[str, Any]:
         "epoch": 2,
         "workers": list(workers),
         "expert_map": {"epoch": 2, "layers": [1, 2], "replicas": replicas},
-        "load": {"sequences": 1, "waiting": 0, "free_blocks": 3, "total_blocks": 4},
+        "load": {"sequences": 1, "waiting": 0, "free_blocks": 3, "total_blocks": 4, "prefix_hit_rate": 0.25},
     }
 
 
@@ -59,4 +59,4 @@ def test_the_whole_status() -> None:
     assert "! expert-1 is lost: [died]" in told
     assert "mind the terms" in told
     assert "3/4" in told
-    assert "load: 1 sequences, 0 waiting, 1/4 KV blocks" in told
+    assert "load: 1 sequences, 0 waiting, 1/4 KV blocks, 25% of prompt tokens found in the cache" in told
