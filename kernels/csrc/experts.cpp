@@ -1,6 +1,6 @@
 // MLPs with SwiGLU: of one matrix pair, or of each row's own expert.
 #include "arguments.hpp"
-#include "scratch.hpp"
+#include "workspace.hpp"
 #include "gemm.hpp"
 
 namespace braid {
@@ -89,7 +89,8 @@ template <class T>
 void sorted_mlp(const T* x, ptrdiff_t x_stride, const int64_t* row_of, const int64_t* expert_of, int pairs, int experts,
                 const Matrix<T>& w13, const Matrix<T>& w2, T* out, ptrdiff_t out_stride) {
     const size_t activations = (size_t(pairs) * w2.inputs * sizeof(T) + 63) / 64 * 64;
-    char* memory = scratch(activations + (size_t(pairs) + 2 * size_t(experts) + 3) * sizeof(int));
+    thread_local Workspace workspace;
+    char* memory = workspace.room<char>(activations + (size_t(pairs) + 2 * size_t(experts) + 3) * sizeof(int));
     T* activated = reinterpret_cast<T*>(memory);
     int* first = reinterpret_cast<int*>(memory + activations);  // [experts + 2]; shifted by one while it counts
     int* chunks = first + experts + 2;                          // [experts + 1]
