@@ -186,16 +186,21 @@ class FrontEnd:
 
     def _on_told(self, told: Told) -> None:
         self.admission.report(told.body["load"])
+        num_tokens = 0
         for item in told.body.get("items", ()):
             flight = self._flights.get(item["id"])
             if flight is None:
                 continue  # it has ended here: cancelled, or another attempt of it is on its way
+            before = flight.stream.num_tokens
             try:
                 self._on_item(flight, told.worker, item)
             except Exception as error:  # one request's output must not stop the others'
                 log.exception("%s cannot read %r", self.settings.name, item)
                 self._cancel(flight)
                 self._refuse(flight, "internal", f"the output of {told.worker} cannot be read: {error}")
+            num_tokens += flight.stream.num_tokens - before
+        if num_tokens:
+            self.metrics.generation_tokens.inc(num_tokens)
 
     def _on_item(self, flight: Flight, worker: str, item: TokenItem) -> None:
         if item["error"] is not None or item["finish"] in ("error", "cancelled"):
@@ -204,14 +209,12 @@ class FrontEnd:
             )
             return
         self.admission.note_token(flight.ticket, worker)
-        before = flight.stream.num_tokens
         deltas = list(flight.stream.push(item))
         if deltas and not flight.first_token_ns:
             flight.first_token_ns = time.time_ns()
             self.metrics.time_to_first_token.observe((flight.first_token_ns - flight.arrived_ns) / 1e9)
             self.metrics.prompt_tokens.inc(len(flight.request.prompt_ids))
             self.metrics.note_transfer(item.get("timing") or {})
-        self.metrics.generation_tokens.inc(flight.stream.num_tokens - before)
         flight.outbox.extend(deltas)
         flight.wake.set()
         if flight.stream.is_done:

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 from ..model.tokenizer import Tokenizer
 from .http_shapes import Piece, Shape
 from .request import Delta, GenerateRequest, Usage
+from .sse import dump
 
 MAX_PARALLEL = 64  # sequences of one HTTP request that run at once: it must not fill the queue alone
+_MARK = "\0"  # stands for the text; no name of a model holds it
 _QUEUE = 64  # deltas waiting for a slow reader; then its sequences wait too
 
 
@@ -47,6 +49,11 @@ class Exchange:
 
 async def merged(front: Front, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Delta], None]:
     """Deltas of all requests as they come, with the request's index. The first failure ends all; so does closing."""
+    if len(requests) == 1:
+        async with aclosing(front.generate(requests[0])) as only:
+            async for delta in only:
+                yield 0, delta
+        return
     arrived: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue(_QUEUE)
     news = asyncio.Event()
     turns = asyncio.Semaphore(MAX_PARALLEL)
@@ -90,13 +97,37 @@ async def whole(front: Front, exchange: Exchange) -> dict[str, Any]:
     return exchange.envelope(shape.object_name, choices, more)
 
 
-async def chunks(front: Front, exchange: Exchange) -> AsyncGenerator[dict[str, Any], None]:
+class PlainChunks:
+    """Most chunks differ in their text only: all the rest is encoded once for each choice."""
+
+    def __init__(self, exchange: Exchange, more: Mapping[str, Any]) -> None:
+        self._exchange = exchange
+        self._more = more
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def encode(self, index: int, text: str) -> bytes:
+        if index not in self._around:
+            shape = self._exchange.shape
+            piece = shape.plain_piece(index, _MARK)
+            head, tail = dump(self._exchange.envelope(shape.chunk_name, [piece], self._more)).split(dump(_MARK))
+            self._around[index] = head, tail
+        head, tail = self._around[index]
+        return head + dump(text) + tail
+
+
+async def chunks(front: Front, exchange: Exchange) -> AsyncGenerator[dict[str, Any] | bytes, None]:
+    """Chunks of a stream, some as JSON already."""
     shape = exchange.shape
     first: Mapping[str, Any] = shape.top_level()
     nothing_yet: Mapping[str, Any] = {"usage": None} if exchange.include_usage else {}
+    plain = PlainChunks(exchange, nothing_yet)
     usages: dict[int, Usage] = {}
     async with aclosing(merged(front, exchange.requests)) as deltas:
         async for index, delta in deltas:
+            if shape.is_plain(index, delta):
+                if delta.text:
+                    yield plain.encode(index, delta.text)
+                continue
             for piece in shape.pieces(index, delta):
                 yield exchange.envelope(shape.chunk_name, [piece], {**nothing_yet, **first})
                 first = {}

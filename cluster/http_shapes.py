@@ -31,6 +31,10 @@ class Wishes:
     token_ids: bool = False
     names_are_ids: bool = False
 
+    @property
+    def text_only(self) -> bool:
+        return self.num_top is None and not self.token_ids
+
 
 class Shape(Protocol):
     id_prefix: str
@@ -39,6 +43,12 @@ class Shape(Protocol):
 
     def pieces(self, index: int, delta: Delta) -> list[Piece]:
         """What a stream sends for one delta of choice `index`; nothing where nobody would see a difference."""
+
+    def is_plain(self, index: int, delta: Delta) -> bool:
+        """Whether `plain_piece` with its text says all that a stream has to say of this delta."""
+
+    def plain_piece(self, index: int, text: str) -> Piece:
+        """What `pieces` makes of a delta in the midst of an answer of which only the text is wanted."""
 
     def whole(self, index: int, pieces: Sequence[Piece]) -> Piece:
         """All pieces of one choice put together."""
@@ -75,6 +85,12 @@ class CompletionShape:
             piece |= {"token_ids": list(delta.token_ids)}
         is_seen = piece["text"] or delta.finish_reason or self._wishes.token_ids or piece["logprobs"]
         return [piece] if is_seen else []
+
+    def is_plain(self, index: int, delta: Delta) -> bool:
+        return self._has_begun[index] and self._wishes.text_only and delta.finish_reason is None
+
+    def plain_piece(self, index: int, text: str) -> Piece:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     def whole(self, index: int, pieces: Sequence[Piece]) -> Piece:
         whole = {**pieces[0], **pieces[-1], "text": "".join(piece["text"] for piece in pieces)}
@@ -130,6 +146,12 @@ class ChatShape:
             piece["token_ids"] = list(delta.token_ids)
         is_seen = delta.text or delta.finish_reason or self._wishes.token_ids or piece["logprobs"]
         return [*opening, piece] if is_seen else opening
+
+    def is_plain(self, index: int, delta: Delta) -> bool:
+        return self._has_begun[index] and self._wishes.text_only and delta.finish_reason is None
+
+    def plain_piece(self, index: int, text: str) -> Piece:
+        return {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
 
     def whole(self, index: int, pieces: Sequence[Piece]) -> Piece:
         text = "".join(piece["delta"].get("content", "") for piece in pieces)

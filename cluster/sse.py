@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -28,13 +28,17 @@ class ClientGone(Exception):
     """Nobody is left to answer."""
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def dump(body: Any) -> bytes:
-    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.translate(_LINE_ENDS).encode()
+    text = _ENCODER.encode(body)
+    return text.encode() if text.isascii() else text.translate(_LINE_ENDS).encode()
 
 
 def event(body: Any) -> bytes:
-    return b"data: " + dump(body) + b"\n\n"
+    """One event. Bytes are JSON already."""
+    return b"data: " + (body if isinstance(body, bytes) else dump(body)) + b"\n\n"
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -52,13 +56,53 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
+class PatientSend:
+    """Sends to one client. A send that has not ended after `timeout_s` cancels its task: ClientGone.
+
+    One timer watches all sends of a stream: a timeout of its own for each would cost as much as the send.
+    """
+
+    def __init__(self, send: Send, timeout_s: float) -> None:
+        self._send = send
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._began: float | None = None
+        self._is_late = False
+        self._timer = self._loop.call_later(timeout_s, self._look)
+
+    async def __call__(self, message: dict[str, Any]) -> None:
+        self._began = self._loop.time()
+        try:
+            await self._send(message)
+        except OSError as error:  # the server's way to say that the connection is closed
+            raise ClientGone from error
+        except asyncio.CancelledError as error:
+            if not self._is_late or self._task is None or self._task.uncancel() > 0:
+                raise
+            raise ClientGone from error
+        self._began = None
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = (now if self._began is None else self._began) + self._timeout_s
+        if due > now:
+            self._timer = self._loop.call_at(due, self._look)
+        elif self._task is not None:
+            self._is_late = True
+            self._task.cancel()
+
+
 class EventStream(Response):
     """Sends `chunks` as events. A refusal before the first chunk is raised, so that it gets its own status; after that
     it becomes an error event, and the stream ends. However it ends, `chunks` is closed, which frees the sequences."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], send_timeout_s: float = SEND_TIMEOUT_S) -> None:
+    def __init__(self, chunks: AsyncGenerator[Any, None], send_timeout_s: float = SEND_TIMEOUT_S) -> None:
         # x-accel-buffering: proxies must not gather events
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -74,11 +118,12 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         async with aclosing(self._chunks), aclosing(self._events()) as events:
             first = await anext(self._chunks)
-            await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send(send, {"type": "http.response.body", "body": event(first), "more_body": True})
-            async for body in events:
-                await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
-        await self._send(send, {"type": "http.response.body", "body": b""})
+            with closing(PatientSend(send, self._send_timeout_s)) as patiently:
+                await patiently({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await patiently({"type": "http.response.body", "body": event(first), "more_body": True})
+                async for body in events:
+                    await patiently({"type": "http.response.body", "body": body, "more_body": True})
+                await patiently({"type": "http.response.body", "body": b""})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -90,13 +135,6 @@ class EventStream(Response):
         except Exception:  # the status line is out: an event is the only way left to say it
             log.exception("a stream failed")
             yield event(internal_body())
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        try:
-            async with asyncio.timeout(self._send_timeout_s):
-                await send(message)
-        except (TimeoutError, OSError) as error:  # OSError: the server's way to say that the connection is closed
-            raise ClientGone from error
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -17,6 +17,8 @@ class StopScanner:
 
         Unarmed (before `min_tokens`), a stop string completed by this piece is ordinary text.
         """
+        if not self.stops:
+            return text, None
         buffer = self.held + text
         if armed and (hit := self._first_completed(buffer, len(self.held))):
             start, stop = hit

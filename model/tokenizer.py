@@ -35,6 +35,7 @@ class Tokenizer:
         self._special_ids = frozenset(
             token_id for token_id, token in self._inner.get_added_tokens_decoder().items() if token.special
         )
+        self._bytes: dict[int, bytes] = {}
         self._add_bos: bool | None = config.get("add_bos_token")
         self._add_eos: bool | None = config.get("add_eos_token")
         source = find_template(directory, config)
@@ -81,6 +82,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, special tokens included; may be part of a character."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._find_bytes(token_id)
+        return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
         piece = self._inner.id_to_token(token_id)
         if piece is None:
             return b""

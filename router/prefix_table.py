@@ -18,7 +18,7 @@ class PrefixTable:
 
     def hits(self, worker: str, keys: Sequence[bytes]) -> int:
         """How many leading blocks the worker is likely to hold."""
-        held = self._held.get(worker, {})
+        held = self._held.get(worker, OrderedDict())
         return next((place for place, key in enumerate(keys) if key not in held), len(keys))
 
     def note(self, worker: str, keys: Sequence[bytes], max_blocks: int) -> None:

@@ -49,7 +49,8 @@ class Pair:
         self.run()
         tokens = self.front.heard[name].tokens
         assert [tokens[index] for index in range(len(tokens))] == answer_to(num_prompt, TEN)
-        return self.a.requests.counters["kv_bytes_out"] - before
+        crossed: int = self.a.requests.counters["kv_bytes_out"] - before
+        return crossed
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_rows_that_are_damaged_on_the_way_end_their_request_by_name_and_no_other
 
 def test_time_and_bytes_of_a_transfer_come_with_the_first_token(pair: Pair) -> None:
     heard: list[dict[str, float]] = []
-    pair.front._hear = lambda _, item: heard.append(item["timing"])  # type: ignore[method-assign]
+    pair.front._hear = lambda _, item: heard.append(item["timing"])
     pair.front.submit("a", "b", 100, TEN)
     pair.run()
     [timing] = [timing for timing in heard if "kv_s" in timing]
