@@ -20,10 +20,12 @@ from ..model.config import ModelConfig
 from ..model.deepseek import DeepSeekModel
 from ..model.experts import LocalExperts
 from ..model.kv_cache import BLOCK_SIZE, BlockAllocator, LatentCache, blocks_for
+from ..model.mtp import MtpModule
 from ..model.ops import Ops, ops_for
 from ..model.self_test import self_test
 from ..model.weights import load_attention, load_experts
 from .dispatch import RemoteExperts
+from .drafter import Drafter
 from .endpoint import Endpoint
 from .engine import Engine
 from .links import LinkError
@@ -88,8 +90,9 @@ class AttentionWorker:
             self.experts = ColocatedExperts(self._local)
         else:
             self.experts = RemoteExperts(self.endpoint, config.n_routed_experts or 0)
-        num_blocks = self._num_blocks(config, dtype)
-        cache = LatentCache(config, num_blocks, dtype)
+        num_layers = config.num_hidden_layers + len(self._weights.mtp[:1])
+        num_blocks = self._num_blocks(config, dtype, num_layers)
+        cache = LatentCache(config, num_blocks, dtype, num_layers)
         scheduler = Scheduler(
             BlockAllocator(num_blocks), self.settings.max_sequences, self.settings.max_batch_tokens, MAX_WAITING
         )
@@ -97,7 +100,11 @@ class AttentionWorker:
             self.settings.name, config, cache, scheduler, self._tracer, self.load, self.settings.kv_checksums
         )
         model = DeepSeekModel(config, self._weights, cache, self.experts)
-        self.engine = Engine(config, model, self.experts, self.requests)
+        self.drafter: Drafter | None = None
+        if self._weights.mtp:
+            module = MtpModule(config, self._weights.mtp[0], cache, self.experts, model.rope)
+            self.drafter = Drafter(config, module, self.experts)
+        self.engine = Engine(config, model, self.experts, self.requests, self.drafter)
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
         return replace(self.endpoint.info, kernels=ops.family)
@@ -151,13 +158,22 @@ class AttentionWorker:
             "sequences": len(scheduler.all()),
             "waiting": len(scheduler.waiting),
             "waiting_tokens": scheduler.num_waiting_tokens,
-            "counters": dict(self.requests.counters) | self._cache_counters() | self._hop_counters(),
+            "counters": self._counters(),
         }
         return self._latest_load
+
+    def _counters(self) -> dict[str, float]:
+        return dict(self.requests.counters) | self._cache_counters() | self._draft_counters() | self._hop_counters()
 
     def _cache_counters(self) -> dict[str, float]:
         scheduler = self.requests.scheduler
         return {**scheduler.counters, "evictions": scheduler.allocator.num_evicted}
+
+    def _draft_counters(self) -> dict[str, float]:
+        if self.drafter is None:
+            return {}
+        speculation = self.drafter.speculation
+        return {"drafted_tokens": speculation.num_drafted, "accepted_tokens": speculation.num_accepted}
 
     def _hop_counters(self) -> dict[str, float]:
         if not isinstance(self.experts, RemoteExperts):
@@ -178,19 +194,20 @@ class AttentionWorker:
 
     def _load(self, config: ModelConfig, dtype: torch.dtype, ops: Ops) -> None:
         every = tuple(range(config.n_routed_experts or 0))
-        memory_checked(config, dtype, "attention", every if self.settings.colocated else ())
         checkpoint = Checkpoint(self.settings.model_path)
-        self._weights = load_attention(checkpoint, config, dtype, self.loading.progress, ops=ops)
+        has_mtp = self.settings.speculation and checkpoint.has_mtp(config)
+        memory_checked(config, dtype, "attention", every if self.settings.colocated else (), has_mtp)
+        self._weights = load_attention(checkpoint, config, dtype, self.loading.progress, has_mtp, ops)
         self._local = None
         if self.settings.colocated or not every:
-            layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+            layers = range(config.num_hidden_layers + has_mtp)
             self._local = load_experts(checkpoint, config, layers, every, dtype, self.loading.progress, ops=ops)
 
-    def _num_blocks(self, config: ModelConfig, dtype: torch.dtype) -> int:
+    def _num_blocks(self, config: ModelConfig, dtype: torch.dtype, num_layers: int) -> int:
         longest = min(self.settings.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         wanted = self.settings.kv_tokens
         if wanted is None:
-            token_bytes = config.latent_dim * config.num_hidden_layers * dtype.itemsize
+            token_bytes = config.latent_dim * num_layers * dtype.itemsize
             room = int(available_memory() * KV_SHARE) // token_bytes
             wanted = min(room, self.settings.max_sequences * longest)
         if wanted < BLOCK_SIZE:

@@ -6,37 +6,35 @@ Everything here happens on one thread: no locks, and no Ray (DESIGN law 1).
 from __future__ import annotations
 
 import time
-from typing import Protocol
 
 import torch
 
 from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, Segment
-from ..model.sampler import NothingToSample, SampledToken, prompt_logprobs, sample
+from ..model.sampler import NothingToSample, SampledToken, Sampler, prompt_logprobs
+from .drafter import Computed, Drafter, ExpertSide
 from .requests import Requests, wire_logprob
 from .scheduler import Chunk, Plan
 from .sequence import Sequence
 
 
-class ExpertSide(Protocol):
-    """What the engine asks of dispatch besides the model's ExpertBackend; colocated experts never fail."""
-
-    phase: int
-
-    def take_failed(self) -> dict[int, str]: ...
-
-    def end_step(self) -> None: ...
-
-
 class Engine:
     """Runs what the scheduler plans for one attention worker's requests."""
 
-    def __init__(self, config: ModelConfig, model: DeepSeekModel, experts: ExpertSide, requests: Requests) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: DeepSeekModel,
+        experts: ExpertSide,
+        requests: Requests,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.config = config
         self.model = model
         self.experts = experts
         self.requests = requests
         self.scheduler = requests.scheduler
+        self.drafter = drafter
 
     def step(self) -> bool:
         """Runs one batch and sends what came of it. False when there was nothing to run."""
@@ -48,86 +46,105 @@ class Engine:
         return bool(plan)
 
     def _run(self, plan: Plan) -> None:
+        started = time.perf_counter()
         batch = _batch_of(plan)
         prompts = [chunk for chunk in plan if not chunk.absorbed]
         now = time.time_ns()
         for chunk in prompts:
             chunk.sequence.started_ns = chunk.sequence.started_ns or now
         self.experts.phase = 0 if len(prompts) < len(plan) else 1
+        on_layer = self.requests.layer_sender(plan)
         try:
-            logits = self.model.forward(batch, self.requests.layer_sender(plan)).logits
+            output = self.model.forward(batch, on_layer)
         finally:
             lost_rows = self.experts.take_failed()  # rows of this batch: none may be left for the next one
         self.experts.end_step()
         self.requests.counters["steps"] += 1
         self.requests.counters["tokens"] += len(batch.token_ids)
-        self._postprocess(plan, logits, self._fail_rows(plan, lost_rows))
+        computed = self._postprocess(plan, output.logits, lost_rows)
+        if self.drafter is not None:
+            if not prompts:
+                self.drafter.speculation.verify_costs.observe(len(batch.token_ids), time.perf_counter() - started)
+            self.drafter.run(computed, output.hidden, len(self.scheduler.decoding), on_layer)
         self.requests.hand_over_ready(plan)
 
-    def _postprocess(self, plan: Plan, logits: torch.Tensor, failed: set[Sequence]) -> None:
-        """logits rows: per chunk all its rows (prompt log-probabilities), its last one (it yields a token) or none."""
-        row = 0
-        picks: list[tuple[Sequence, int]] = []
+    def _postprocess(self, plan: Plan, logits: torch.Tensor, lost_rows: dict[int, str]) -> list[Computed]:
+        """Chunk by chunk: fails, scores, samples, ends or goes on. Returns the rows that stay."""
+        sampler, computed = Sampler(logits), []
+        row = logit_row = 0
         for chunk in plan:
-            rows = _num_logit_rows(chunk)
-            if chunk.sequence not in failed and self._advance(chunk, logits[row : row + rows]):
-                picks.append((chunk.sequence, row + rows - 1))
-            row += rows
-        self._sample(picks, logits)
+            has_sampled, num_logits = chunk.is_last, _num_logit_rows(chunk)
+            lost = {place - row: lost_rows[place] for place in lost_rows if row <= place < row + chunk.num_rows}
+            num_drafts = min([len(chunk.drafts), *(place - chunk.num for place in lost)])
+            if num_drafts < 0:
+                self.requests.fail(chunk.sequence, "unavailable", lost[min(lost)])
+            elif self._score_prompt(chunk, logits[logit_row : logit_row + num_logits]):
+                last_row = logit_row + num_logits - len(chunk.drafts) - 1
+                num_accepted = self._sample(chunk, num_drafts, sampler, last_row) if has_sampled else 0
+                if not has_sampled:
+                    self.scheduler.computed(chunk)
+                num = chunk.num + num_accepted
+                computed.append(Computed(chunk.sequence, chunk.start, num, row, chunk.absorbed, has_sampled))
+            row += chunk.num_rows
+            logit_row += num_logits
+        return computed
 
-    def _advance(self, chunk: Chunk, logits: torch.Tensor) -> bool:
-        """Takes note of what the step computed for one sequence; True when its next token can be sampled."""
-        self.scheduler.computed(chunk)
+    def _score_prompt(self, chunk: Chunk, logits: torch.Tensor) -> bool:
+        """Log-probabilities of the prompt where they are wanted; False when there is no sense in the logits."""
         if _scores_prompt(chunk):
             try:
                 _extend_prompt_logprobs(chunk, logits)
             except NothingToSample as error:
                 self.requests.fail(chunk.sequence, "internal", str(error))
                 return False
-        return chunk.is_last
+        return True
 
-    def _sample(self, picks: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
-        scoring = [sequence for sequence, _ in picks if sequence.params.max_tokens == 0]
-        for sequence in scoring:
+    def _sample(self, chunk: Chunk, num_drafts: int, sampler: Sampler, row: int) -> int:
+        """The next token of a sequence, and those after it as long as its drafts come true. Returns how many did.
+
+        `row` is the last known token's; the drafts' follow. A draft whose row lost an expert counts as wrong: were it
+        right, the next step would ask for the same row again.
+        """
+        sequence, tokens = chunk.sequence, list[SampledToken]()
+        if sequence.params.max_tokens == 0:
+            self.scheduler.computed(chunk)
             self.requests.finish(sequence, self.requests.item(sequence, [], "length"))
-        picks = [pick for pick in picks if pick[0] not in scoring]
-        if not picks:
-            return
+            return 0
+        failure: NothingToSample | None = None
         try:
-            tokens = self._tokens(picks, logits)
-        except NothingToSample as error:  # ends the sequences it concerns, and no other of the batch
-            for row in error.rows:
-                self._fail_unsampled(*picks[row], logits, error)
-            self._sample([pick for row, pick in enumerate(picks) if row not in error.rows], logits)
-            return
-        for (sequence, _), token in zip(picks, tokens, strict=True):
-            self.requests.append(sequence, token)
+            for ahead in range(num_drafts + 1):
+                tokens.append(self._token(sequence, ahead, sampler, row + ahead))
+                if ahead == num_drafts or not self._goes_on(sequence, tokens, chunk.drafts[ahead]):
+                    break
+        except NothingToSample as error:  # ends this sequence, and no other of the batch
+            failure = error
+        num_accepted = sum(token.token_id == draft for token, draft in zip(tokens, chunk.drafts, strict=False))
+        if self.drafter is not None and chunk.drafts:
+            self.drafter.verified(sequence, len(chunk.drafts), min(num_drafts, len(tokens)), num_accepted)
+        if tokens:
+            self.scheduler.computed(chunk, len(tokens) - 1)
+            self.requests.append(sequence, tokens)
+        if failure is not None and sequence.state != "finished":
+            self._fail_unsampled(sequence, sampler.is_finite(row + len(tokens)), failure)
+        return max(len(tokens) - 1, 0)
 
-    def _tokens(self, picks: list[tuple[Sequence, int]], logits: torch.Tensor) -> list[SampledToken]:
-        sequences = [sequence for sequence, _ in picks]
-        eos = self.config.eos_token_ids
-        return sample(
-            logits[torch.tensor([index for _, index in picks])],
-            [sequence.params for sequence in sequences],
-            [len(sequence.tokens) for sequence in sequences],
-            [s.params.banned_ids(s.num_generated, eos) for s in sequences],
-        )
+    def _token(self, sequence: Sequence, ahead: int, sampler: Sampler, row: int) -> SampledToken:
+        params, eos = sequence.params, self.config.eos_token_ids
+        banned = params.banned_ids(sequence.num_generated + ahead, eos) if params.min_tokens else ()
+        return sampler.token(row, params, len(sequence.tokens) + ahead, banned)
 
-    def _fail_unsampled(self, sequence: Sequence, row: int, logits: torch.Tensor, error: NothingToSample) -> None:
-        if torch.isfinite(logits[row].max()):
+    def _goes_on(self, sequence: Sequence, tokens: list[SampledToken], draft: int) -> bool:
+        """Whether the next row's input is the token just sampled, and that one does not end the sequence."""
+        params, token_id = sequence.params, tokens[-1].token_id
+        is_full = sequence.num_generated + len(tokens) >= params.max_tokens
+        return token_id == draft and not is_full and token_id not in params.stop_ids(self.config.eos_token_ids)
+
+    def _fail_unsampled(self, sequence: Sequence, is_finite: bool, error: NothingToSample) -> None:
+        if is_finite:
             told = f"min_tokens is {sequence.params.min_tokens}, but stop_token_ids and end tokens leave no other token"
             self.requests.fail(sequence, "invalid", told)
         else:
             self.requests.fail(sequence, "internal", str(error))
-
-    def _fail_rows(self, plan: Plan, failed: dict[int, str]) -> set[Sequence]:
-        if not failed:
-            return set()
-        owner_of_row = [chunk.sequence for chunk in plan for _ in range(chunk.num_rows)]
-        lost = {owner_of_row[row]: reason for row, reason in failed.items()}
-        for sequence, reason in lost.items():
-            self.requests.fail(sequence, "unavailable", reason)
-        return set(lost)
 
 
 def _scores_prompt(chunk: Chunk) -> bool:
@@ -137,7 +154,8 @@ def _scores_prompt(chunk: Chunk) -> bool:
 
 
 def _num_logit_rows(chunk: Chunk) -> int:
-    return chunk.num if _scores_prompt(chunk) else int(chunk.is_last)
+    """All rows of a prompt that is scored; else the last known one and its drafts, where a token is to be sampled."""
+    return chunk.num if _scores_prompt(chunk) else (1 + len(chunk.drafts)) * chunk.is_last
 
 
 def _batch_of(plan: Plan) -> Batch:

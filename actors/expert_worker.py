@@ -40,10 +40,11 @@ class ExpertWorker:
         dtype = resolve_dtype(self.settings.dtype, config)
         self._ops = ops = ops_for(dtype)
         ops.set_threads(self.settings.num_threads, self.settings.max_threads)
-        memory_checked(config, dtype, "expert", experts)
         checkpoint = Checkpoint(self.settings.model_path)
+        has_mtp = self.settings.speculation and checkpoint.has_mtp(config)
+        memory_checked(config, dtype, "expert", experts, has_mtp)
         with torch.inference_mode():
-            layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+            layers = range(config.num_hidden_layers + has_mtp)
             weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress, ops=ops)
         self.loading.phase = "self-test"
         self_test(config, dtype, ops, "experts")

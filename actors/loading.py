@@ -43,10 +43,14 @@ def resolve_dtype(dtype: Dtype, config: ModelConfig) -> torch.dtype:
 
 
 def memory_checked(
-    config: ModelConfig, dtype: torch.dtype, role: Literal["attention", "expert"], experts: Sequence[int]
+    config: ModelConfig,
+    dtype: torch.dtype,
+    role: Literal["attention", "expert"],
+    experts: Sequence[int],
+    has_mtp: bool = False,
 ) -> None:
     """Raises ValueError with the figures when the weights cannot fit: before loading, not after ten minutes."""
-    needed = bytes_for_role(config, dtype, role, experts)
+    needed = bytes_for_role(config, dtype, role, experts, has_mtp)
     check_memory(needed, available_memory())
 
 

@@ -202,17 +202,18 @@ class Requests:
 
     # ---- what a step brings
 
-    def append(self, sequence: Sequence, token: SampledToken) -> None:
-        sequence.tokens.append(token.token_id)
+    def append(self, sequence: Sequence, tokens: list[SampledToken]) -> None:
+        """What a step has sampled for one sequence: a token, and more where drafts came true."""
+        sequence.tokens += [token.token_id for token in tokens]
         finish = sequence.finish_reason(self.config.eos_token_ids)
         if finish:
-            self.finish(sequence, self.item(sequence, [token], finish))
+            self.finish(sequence, self.item(sequence, tokens, finish))
         elif sequence.state == "decode":
-            self._emit(sequence, self.item(sequence, [token]))
+            self._emit(sequence, self.item(sequence, tokens))
         elif sequence.target:
-            sequence.first_token, sequence.state = token, "handover"
+            sequence.first_token, sequence.state = tokens[0], "handover"
         else:
-            self._emit(sequence, self.item(sequence, [token]))
+            self._emit(sequence, self.item(sequence, tokens))
             self._trace_prefill(sequence)
             sequence.started_ns = time.time_ns()
             self.scheduler.start_decode(sequence)
@@ -321,7 +322,7 @@ class Requests:
         transfer: Mapping[str, float] | None = None,
     ) -> TokenItem:
         wanted = sequence.params.logprobs is not None
-        first = not tokens or sequence.num_generated == 1
+        first = not tokens or sequence.num_generated == len(tokens)
         return TokenItem(
             sequence.id,
             index=sequence.num_generated - len(tokens),

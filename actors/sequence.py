@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..model.sampler import SampledToken
 from ..model.sampling_params import SamplingParams
 from .messages import Submit, WireLogprob
+
+if TYPE_CHECKING:
+    from .drafter import Drafting
 
 # waiting: in the prefill queue | prefill: owns blocks, prompt partly computed | handover: prompt done, first token
 # held back until the decode worker has accepted | receiving: blocks reserved, latent rows arriving | decode: running
@@ -36,6 +39,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     drafts: list[int] = field(default_factory=list)
+    drafting: Drafting | None = None
     priority: int = 0
     caller: str = ""
     order: int = 0

@@ -29,11 +29,12 @@ class WorkerSettings:
     expert_ids: tuple[int, ...] | None = None
     colocated: bool = False
     max_sequences: int = 64
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 2048
     kv_tokens: int | None = None
     max_model_len: int | None = None
     kv_checksums: bool = False
     max_threads: int | None = None  # beyond its share, for kernels whose idle threads leave the cores to others
+    speculation: bool = True
 
     def __repr__(self) -> str:
         return f"WorkerSettings({self.cluster}/{self.name}#{self.incarnation} {self.role}, model={self.model_path})"

@@ -67,6 +67,7 @@ class ControllerSettings:
             kv_tokens=spec.engine.kv_tokens,
             max_model_len=spec.engine.max_model_len,
             kv_checksums=spec.engine.kv_checksums,
+            speculation=spec.engine.speculation,
         )
 
 

@@ -41,7 +41,7 @@ def model_facts(spec: ClusterSpec) -> ModelFacts:
     facts = ModelFacts(
         path=str(path),
         num_experts=config.n_routed_experts or 0,
-        moe_layers=tuple(layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)),
+        moe_layers=_moe_layers(config, spec),
         vocab_size=config.vocab_size,
         max_model_len=longest,
         architecture=(config.architectures or (config.model_type,))[0],
@@ -58,25 +58,33 @@ def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
     from ..model.checkpoint import Checkpoint
     from ..model.inventory import bytes_for_role, check_memory
 
-    config = ModelConfig.from_path(facts.path)
-    Checkpoint(facts.path).check(config)
+    config, checkpoint = ModelConfig.from_path(facts.path), Checkpoint(facts.path)
+    checkpoint.check(config)
+    has_mtp = spec.engine.speculation and checkpoint.has_mtp(config)
     dtype = resolve_dtype(spec.model.dtype, config)
     every = range(facts.num_experts)
     num_attention = spec.prefill.workers + spec.decode.workers
-    needed = num_attention * bytes_for_role(config, dtype, "attention", every if spec.experts.colocated else ())
+    colocated = every if spec.experts.colocated else ()
+    needed = num_attention * bytes_for_role(config, dtype, "attention", colocated, has_mtp)
     for pool in plan_pools(spec, facts.num_experts):
         for plan in pool.workers:
             if plan.expert_ids is not None:
-                needed += bytes_for_role(config, dtype, "expert", plan.expert_ids)
+                needed += bytes_for_role(config, dtype, "expert", plan.expert_ids, has_mtp)
     available = available_memory()
     check_memory(needed, available)
     if spec.engine.kv_tokens is not None:
-        cache = spec.engine.kv_tokens * config.latent_dim * config.num_hidden_layers * dtype.itemsize
+        cache = spec.engine.kv_tokens * config.latent_dim * (config.num_hidden_layers + has_mtp) * dtype.itemsize
         if needed + num_attention * cache > available:
             raise SpecError(
                 f"engine.kv_tokens: {spec.engine.kv_tokens} tokens take {cache / 2**30:.1f} GiB on each of "
                 f"{num_attention} attention workers; {(available - needed) / 2**30:.1f} GiB are left beside the weights"
             )
+
+
+def _moe_layers(config: ModelConfig, spec: ClusterSpec) -> tuple[int, ...]:
+    """What the expert map covers. Where the weights lack the MTP module that config.json names, nobody asks for it."""
+    has_mtp = spec.engine.speculation and config.num_nextn_predict_layers > 0
+    return tuple(layer for layer in range(config.num_hidden_layers + has_mtp) if config.is_moe_layer(layer))
 
 
 def check_ports(spec: ClusterSpec) -> None:

@@ -90,6 +90,7 @@ class Answer:
     prompt_logprobs: list[Any] = field(default_factory=list)
     finish: str | None = None
     error: dict[str, str] | None = None
+    cached: int = 0
 
     @property
     def token_ids(self) -> list[int]:
@@ -164,6 +165,7 @@ class WireFront:
             answer.prompt_logprobs += item["prompt_logprobs"] or []
             answer.finish = item["finish"] or answer.finish
             answer.error = item["error"] or answer.error
+            answer.cached = max(answer.cached, item["cached"])
 
 
 class ProcessCluster:
@@ -193,7 +195,7 @@ class ProcessCluster:
         for name, role in [*names, *[(name, "expert") for name in expert_names]]:
             settings = WorkerSettings(
                 "test", name, role, 1, "node", str(model_path), dtype, SECRET, str(run_dir), "127.0.0.1", transport,
-                threads, held.get(name), colocated, **limits,
+                threads, expert_ids=held.get(name), colocated=colocated, **limits,
             )  # fmt: skip
             self.workers[name] = WorkerProcess(settings)
         for worker in self.workers.values():
@@ -202,7 +204,8 @@ class ProcessCluster:
             worker.info = worker.result()
         expert_map: ExpertMap | None = None
         if expert_names:
-            layers = [layer for layer in range(self.config.num_hidden_layers) if self.config.is_moe_layer(layer)]
+            every = range(self.config.num_hidden_layers + self.config.num_nextn_predict_layers)
+            layers = [layer for layer in every if self.config.is_moe_layer(layer)]
             owners = [Owner(name, 1) for name in expert_names]
             if claimed_replicas:  # a map that names holders which do not hold
                 held = assign(self.config.n_routed_experts or 0, expert_names, claimed_replicas)

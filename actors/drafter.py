@@ -1,0 +1,200 @@
+"""Drafts tokens with the MTP module from what a step has just computed; the next step verifies them in one pass.
+
+A draft is sampled from the module's distribution under the very noise, of (request seed, absolute position), that the
+main model's distribution will be sampled with at that place: where the two agree, so do the tokens. The module's
+latents are one more layer of the cache. Rows that it has missed cost acceptance, never a token (DESIGN laws 4 and 5).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..model.config import ModelConfig
+from ..model.deepseek import OnLayer, Segment
+from ..model.kv_cache import BLOCK_SIZE
+from ..model.mtp import MtpModule
+from ..model.sampler import NothingToSample, Sampler
+from .sequence import Sequence
+from .speculation import Acceptance, Speculation
+
+MAX_HELD_ROWS = 64  # hidden rows of a sequence kept while nothing is drafted; older ones are given up
+
+
+class ExpertSide(Protocol):
+    """What the engine asks of dispatch besides the model's ExpertBackend; colocated experts never fail."""
+
+    phase: int
+
+    def take_failed(self) -> dict[int, str]: ...
+
+    def end_step(self) -> None: ...
+
+
+Rows = tuple[Tensor, int, int]  # of hidden [N, H]: the first one and how many
+
+
+@dataclass(slots=True)
+class Drafting:
+    """One sequence: what its drafts have brought, and the hidden rows before `end` that the module has not seen yet."""
+
+    acceptance: Acceptance
+    num_drafted: int = 0
+    num_accepted: int = 0
+    end: int = 0
+    _held: list[Rows] = field(default_factory=list)
+
+    def hold(self, start: int, rows: Rows) -> None:
+        hidden, first, num = rows
+        if start != self.end:
+            self._held.clear()
+        if len(hidden) > MAX_HELD_ROWS:  # or all the rows of a prompt would stay for the sake of one
+            rows = hidden[first : first + num].clone(), 0, num
+        self._held.append(rows)
+        self.end = start + num
+        del self._held[:-MAX_HELD_ROWS]
+
+    def take(self, start: int) -> list[Rows]:
+        """The held rows right before `start`, in order."""
+        held, self._held = self._held, []
+        return held if self.end == start else []
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Positions [start, start + num) of a sequence, which are known to stay: rows from `row` on of a step's batch."""
+
+    sequence: Sequence
+    start: int
+    num: int
+    row: int
+    absorbed: bool
+    has_sampled: bool  # the token after them is the sequence's newest
+
+
+@dataclass(slots=True)
+class Pass:
+    """One run of the module in the making. `wanted`: the sequences whose last row shall give a draft, with that row."""
+
+    hidden: list[Rows] = field(default_factory=list)
+    next_ids: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    wanted: list[tuple[Sequence, int]] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, start: int, rows: list[Rows], next_ids: list[int], absorbed: bool) -> None:
+        self.hidden += rows
+        self.next_ids += next_ids
+        self.segments.append(Segment(start, len(next_ids), sequence.block_table, absorbed))
+
+    def want(self, sequence: Sequence) -> None:
+        """A draft after the row that was added last."""
+        self.wanted.append((sequence, len(self.next_ids) - 1))
+
+
+class Drafter:
+    """Used by the engine's thread only."""
+
+    def __init__(self, config: ModelConfig, module: MtpModule, experts: ExpertSide) -> None:
+        self.config = config
+        self.module = module
+        self.experts = experts
+        self.speculation = Speculation()
+
+    def verified(self, sequence: Sequence, num_drafted: int, num_reached: int, num_accepted: int) -> None:
+        """Of the drafts of one step, how many there were, were looked at before the sequence ended, and have stayed."""
+        drafting = self._drafting(sequence)
+        drafting.num_drafted += num_drafted
+        drafting.num_accepted += num_accepted
+        self.speculation.verified(drafting.acceptance, num_reached, num_accepted)
+
+    def run(self, computed: list[Computed], hidden: Tensor, num_decoding: int, on_layer: OnLayer | None) -> None:
+        """Leaves drafts with the sequences. hidden: [N, H] of the step; `on_layer` hears when its rows are written."""
+        self.speculation.start(num_decoding)
+        pending, depths = Pass(), {}
+        for each in computed:
+            sequence = each.sequence
+            sequence.drafts = []
+            if sequence.state == "finished":
+                continue
+            depths[sequence] = self._depth(each)
+            rows = hidden, each.row, each.num
+            if each.absorbed and each.has_sampled and not depths[sequence]:
+                self._drafting(sequence).hold(each.start, rows)
+                continue
+            held = self._drafting(sequence).take(each.start)
+            start = each.start - sum(num for _, _, num in held)
+            next_ids = sequence.tokens[start + 1 : each.start + each.num + 1]
+            pending.add(sequence, start, [*held, rows], next_ids, each.absorbed)
+            if depths[sequence]:
+                pending.want(sequence)
+        while pending.segments:
+            pending = self._after(self._run(pending, on_layer), depths)
+            on_layer = None
+
+    def _drafting(self, sequence: Sequence) -> Drafting:
+        if sequence.drafting is None:
+            sequence.drafting = Drafting(self.speculation.new_sequence())
+        return sequence.drafting
+
+    def _depth(self, each: Computed) -> int:
+        sequence = each.sequence
+        room = sequence.params.max_tokens - sequence.num_generated - 1  # the step after gives one token without drafts
+        if not each.has_sampled or room <= 0:
+            return 0
+        depth = self.speculation.depth(self._drafting(sequence).acceptance)
+        if sequence.state == "handover":  # where it goes on, its depth is judged by what passes cost there
+            return min(depth, 1)
+        return min(depth, room)
+
+    def _run(self, pending: Pass, on_layer: OnLayer | None) -> list[tuple[Sequence, Rows]]:
+        """Appends a draft to each wanted sequence that gets one; returns these with their rows of the output."""
+        started = time.perf_counter()
+        is_decode = all(segment.absorbed for segment in pending.segments)
+        self.experts.phase = 0 if any(segment.absorbed for segment in pending.segments) else 1
+        logit_rows = torch.tensor([row for _, row in pending.wanted], dtype=torch.int64)
+        next_ids = torch.tensor(pending.next_ids, dtype=torch.int64)
+        try:
+            drafted = self.module.draft(_gathered(pending.hidden), next_ids, pending.segments, logit_rows, on_layer)
+        finally:
+            lost_rows = self.experts.take_failed()  # these get no draft, which is all the harm it does
+        sampler, guessed = Sampler(drafted.logits), []
+        for place, (sequence, row) in enumerate(pending.wanted):
+            token_id = None if row in lost_rows else self._guess(sampler, place, sequence)
+            if token_id is not None:
+                sequence.drafts.append(token_id)
+                guessed.append((sequence, (drafted.hidden, place, 1)))
+        if is_decode:
+            self.speculation.draft_costs.observe(len(next_ids), time.perf_counter() - started)
+        return guessed
+
+    def _guess(self, sampler: Sampler, row: int, sequence: Sequence) -> int | None:
+        ahead, params = len(sequence.drafts), sequence.params
+        banned = params.banned_ids(sequence.num_generated + ahead, self.config.eos_token_ids)
+        try:
+            return sampler.choose(row, params, len(sequence.tokens) + ahead, banned)
+        except NothingToSample:
+            return None
+
+    def _after(self, guessed: list[tuple[Sequence, Rows]], depths: dict[Sequence, int]) -> Pass:
+        """The module once more, on its own output for the row before the draft, where a deeper draft is wanted."""
+        pending = Pass()
+        for sequence, rows in guessed:
+            position = len(sequence.tokens) + len(sequence.drafts) - 2
+            has_block = position // BLOCK_SIZE < len(sequence.block_table)
+            if len(sequence.drafts) < depths[sequence] and has_block:
+                pending.add(sequence, position, [rows], sequence.drafts[-1:], absorbed=True)
+                pending.want(sequence)
+        return pending
+
+
+def _gathered(pieces: list[Rows]) -> Tensor:
+    """[N, H]: all the rows, one piece after the other."""
+    hidden = pieces[0][0]
+    if any(other is not hidden for other, _, _ in pieces):
+        return torch.cat([rows[first : first + num] for rows, first, num in pieces])
+    rows = [row for _, first, num in pieces for row in range(first, first + num)]
+    return hidden if len(rows) == len(hidden) else hidden.index_select(0, torch.tensor(rows))
