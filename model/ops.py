@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels import native
 from .config import ModelConfig
+from .native_ops import NativeOps
 from .torch_ops import TorchOps
 
 # What a family packed, only for itself to read: a matrix [N, K], or those of all heads or experts.
@@ -148,4 +150,4 @@ class Ops(Protocol):
 
 def ops_for(dtype: torch.dtype) -> Ops:
     """What a worker of this machine computes with."""
-    return TorchOps(is_packing=True)
+    return NativeOps() if native.available(dtype) else TorchOps(is_packing=True)

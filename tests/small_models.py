@@ -14,13 +14,21 @@ from generators import make_hf_model, save_hf_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from braid.kernels import native
 from braid.model.config import ModelConfig
 from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.experts import ExpertBackend, LocalExperts
 from braid.model.kv_cache import LatentCache
-from braid.model.network_weights import AttentionWeights, ExpertWeights, from_state_dict
+from braid.model.native_ops import NativeOps
+from braid.model.network_weights import PLAIN, AttentionWeights, ExpertWeights, from_state_dict
+from braid.model.ops import Ops
 
 NUM_BLOCKS = 24
+DTYPES = (torch.float32, torch.bfloat16)
+# Every family of operations that this machine can run.
+FAMILIES: dict[str, Ops] = {"reference": PLAIN}
+if all(native.available(dtype) for dtype in DTYPES):
+    FAMILIES["native"] = NativeOps()
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,13 @@ class SmallModel:
 
 
 @cache
-def small_model(shape_name: str, dtype: torch.dtype = torch.float32) -> SmallModel:
-    """Written by transformers to a folder and read back from it."""
+def small_model(shape_name: str, dtype: torch.dtype = torch.float32, ops: Ops = PLAIN) -> SmallModel:
+    """Written by transformers to a folder and read back from it; its weights packed for `ops`."""
     oracle, _ = make_hf_model(shape_name)
     with TemporaryDirectory() as folder:
         path = save_hf_model(oracle, Path(folder))
         config, state = ModelConfig.from_path(path), load_file(path / "model.safetensors")
-    weights, experts = from_state_dict(config, state, dtype)
+    weights, experts = from_state_dict(config, state, dtype, ops)
     return SmallModel(config, state, weights, experts, oracle)
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import SmallModel, run, run_in_chunks, shuffled_table, small_model
+from small_models import FAMILIES, SmallModel, run, run_in_chunks, shuffled_table, small_model
 from torch import Tensor
 
-from braid.kernels.reference import grouped_mlp
 from braid.model.deepseek import Batch, Segment
 from braid.model.kv_cache import BLOCK_SIZE
+from braid.model.network_weights import ExpertWeights, build_experts
+from braid.model.ops import Ops
 
 F32, BF16 = torch.float32, torch.bfloat16
 MODELS = [("v3", F32), ("v3", BF16), ("v3_odd", F32), ("v3_odd", BF16), ("v2_lite", F32)]
 FORMS = pytest.mark.parametrize("absorbed", [False, True], ids=["prompt form", "absorbed form"])
 
 
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Ops:
+    ops: Ops = FAMILIES[request.param]
+    return ops
+
+
 @pytest.fixture(params=MODELS, ids=lambda param: f"{param[0]}-{param[1]}")
-def small(request: pytest.FixtureRequest) -> SmallModel:
-    return small_model(*request.param)
+def small(request: pytest.FixtureRequest, family: Ops) -> SmallModel:
+    return small_model(*request.param, family)
 
 
 @FORMS
@@ -30,8 +37,8 @@ def test_chunks_change_no_bits(small: SmallModel, sizes: tuple[int, ...], absorb
 
 
 @FORMS
-def test_chunks_across_splits_change_no_bits(absorbed: bool) -> None:
-    small, table = small_model("v3"), shuffled_table()
+def test_chunks_across_splits_change_no_bits(absorbed: bool, family: Ops) -> None:
+    small, table = small_model("v3", F32, family), shuffled_table()
     ids = small.token_ids(530)
     whole = run(small.network(), ids, 0, table, absorbed)
     for sizes in ((255, 2, 100), (64,), (300, 1, 211)):
@@ -39,15 +46,16 @@ def test_chunks_across_splits_change_no_bits(absorbed: bool) -> None:
 
 
 @pytest.mark.parametrize("shape_name", ["v3", "v3_odd"])
-def test_two_threads_change_no_bits_between_chunks(shape_name: str) -> None:
+def test_two_threads_change_no_bits_between_chunks(shape_name: str, family: Ops) -> None:
     """Threads cut a product's rows, so that 5 to 11 of them used to round otherwise."""
-    small, table = small_model(shape_name), shuffled_table()
+    small, table = small_model(shape_name, F32, family), shuffled_table()
     ids, before = small.token_ids(40), torch.get_num_threads()
-    torch.set_num_threads(2)
+    family.set_threads(2)
     try:
         whole = run(small.network(), ids, 0, table)
         assert torch.equal(run_in_chunks(small.network(), ids, (6, 11, 1, 22), table), whole)
     finally:
+        family.set_threads(1)
         torch.set_num_threads(before)
 
 
@@ -100,17 +108,28 @@ class ScatteredExperts:
     """Experts on three owners in odd orders; each owner computes its pairs alone and the last pairs first."""
 
     def __init__(self, small: SmallModel) -> None:
-        self.stacks = small.experts
+        self.owners = [self.stacks_of(small, owner) for owner in range(3)]
+
+    @staticmethod
+    def stacks_of(small: SmallModel, owner: int) -> dict[int, ExpertWeights]:
+        dtype, ops = small.weights.norm.dtype, small.weights.ops
+        ids = [e for e in reversed(small.experts[2].expert_ids) if (e * 5) % 3 == owner]
+
+        def read(*names: str) -> Tensor:
+            return torch.cat([small.state[name] for name in names]).to(dtype)
+
+        return {layer: build_experts(layer, ids, read, ops) for layer in small.experts}
 
     def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> Tensor:
-        stack, (num_rows, top_k) = self.stacks[layer], topk_idx.shape
+        num_rows, top_k = topk_idx.shape
         flat = topk_idx.flatten()
         rows = torch.full((num_rows * top_k, x.shape[1]), torch.nan, dtype=x.dtype)
-        for owner in range(3):
-            held = torch.tensor([e for e in reversed(stack.expert_ids) if (e * 5) % 3 == owner])
+        for stacks in self.owners:
+            stack = stacks[layer]
+            held = torch.tensor(stack.expert_ids)
             pairs = torch.isin(flat, held).nonzero().flatten().flip(0)
-            local = (flat[pairs, None] == held).nonzero()[:, 1]
-            rows[pairs] = grouped_mlp(x, pairs // top_k, local, stack.w13[held], stack.w2[held])
+            local = (flat[pairs, None] == held).nonzero()[:, 1].contiguous()
+            rows[pairs] = stack.ops.grouped_mlp(x, pairs // top_k, local, stack.w13, stack.w2)
         return rows.view(num_rows, top_k, -1)
 
     def collect(self, handle: Tensor) -> Tensor:
@@ -123,16 +142,16 @@ def test_expert_placement_changes_no_bits(small: SmallModel) -> None:
     assert torch.equal(run(scattered, ids, 0, table), run(small.network(), ids, 0, table))
 
 
-def test_prompt_and_generated_forms_agree_but_not_in_bits() -> None:
-    small, table = small_model("v3"), shuffled_table()
+def test_prompt_and_generated_forms_agree_but_not_in_bits(family: Ops) -> None:
+    small, table = small_model("v3", F32, family), shuffled_table()
     ids = small.token_ids(70)
     prompt, generated = (run(small.network(), ids, 0, table, absorbed) for absorbed in (False, True))
     assert torch.allclose(prompt, generated, atol=1e-4)
     assert not torch.equal(prompt, generated)
 
 
-def test_only_the_wanted_rows_have_logits() -> None:
-    small, table = small_model("v3"), shuffled_table()
+def test_only_the_wanted_rows_have_logits(family: Ops) -> None:
+    small, table = small_model("v3", F32, family), shuffled_table()
     ids, segment = small.token_ids(30), Segment(0, 30, shuffled_table(), False)
     every = run(small.network(), ids, 0, table)
     some = small.network().forward(Batch(ids, [segment], torch.tensor([29, 3])))

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SmallModel, shuffled_table, small_model
+from small_models import FAMILIES, SmallModel, shuffled_table, small_model
 from torch import Tensor
 
 from braid.model.deepseek import Batch, ForwardOutput, split_segments
 from braid.model.experts import LocalExperts
 from braid.model.mla import Segment
+from braid.model.ops import Ops
 
 
 @dataclass
@@ -32,9 +33,15 @@ class LateExperts:
         return self.inner.collect(self.inner.dispatch(layer, x, topk_idx)).clone()
 
 
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Ops:
+    ops: Ops = FAMILIES[request.param]
+    return ops
+
+
 @pytest.fixture(params=[("v3", torch.float32), ("v3_odd", torch.bfloat16)], ids=str)
-def small(request: pytest.FixtureRequest) -> SmallModel:
-    return small_model(*request.param)
+def small(request: pytest.FixtureRequest, family: Ops) -> SmallModel:
+    return small_model(*request.param, family)
 
 
 def mixed_batch(small: SmallModel) -> Batch:

@@ -10,6 +10,7 @@ from small_models import small_model
 from torch import Tensor
 
 from braid.kernels.attention import DecodePlan
+from braid.model.ops import ops_for
 from braid.model.self_test import SelfTestError, self_test
 from braid.model.torch_ops import TorchOps
 
@@ -18,6 +19,7 @@ from braid.model.torch_ops import TorchOps
 @pytest.mark.parametrize("shape_name", SHAPES)
 def test_this_machine_passes(shape_name: str, dtype: torch.dtype) -> None:
     self_test(small_model(shape_name).config, dtype, TorchOps(is_packing=True))
+    self_test(small_model(shape_name).config, dtype, ops_for(dtype))
 
 
 def test_expert_workers_prove_their_own_kernels() -> None:

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 import torch
 from generators import SHAPES
-from small_models import SmallModel, run, run_in_chunks, shuffled_table, small_model
+from small_models import FAMILIES, SmallModel, run, run_in_chunks, shuffled_table, small_model
 from torch import Tensor
 
 from braid.model.deepseek import DecoderLayer, DeepSeekModel, MicroBatch
@@ -18,9 +18,10 @@ LENGTH = 150  # past the original length of every shape with YaRN
 STEPS = 64
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(params=[(shape, family) for shape in SHAPES for family in FAMILIES], ids="-".join)
 def small(request: pytest.FixtureRequest) -> SmallModel:
-    return small_model(request.param)
+    shape_name, family = request.param
+    return small_model(shape_name, ops=FAMILIES[family])
 
 
 class Recorder:
@@ -95,9 +96,10 @@ def test_greedy_tokens_agree_for_64_steps(small: SmallModel) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("absorbed", [False, True], ids=["prompt form", "absorbed form"])
-def test_bfloat16_is_as_good_as_the_oracle_in_bfloat16(absorbed: bool) -> None:
-    exact, small = small_model("v3"), small_model("v3", torch.bfloat16)
+def test_bfloat16_is_as_good_as_the_oracle_in_bfloat16(absorbed: bool, family: str) -> None:
+    exact, small = small_model("v3"), small_model("v3", torch.bfloat16, FAMILIES[family])
     ids = exact.token_ids(LENGTH)
     expected = exact.oracle(ids[None]).logits[0]
     ours = run(small.network(), ids, 0, shuffled_table(), absorbed)
