@@ -208,8 +208,8 @@ def test_strided_operands_change_no_bits() -> None:
     assert wide_out.isnan().sum() == wide_out.numel() - 2 * 8 * 512
     wide_q[..., :192] = sequence.q
     prefill_out = torch.full((200, 9, 150), torch.nan, dtype=torch.bfloat16)
-    args = (sequence.cache, sequence.packed_kv_b, 0, 200, sequence.table, sequence.scale, 128)
-    mla_prefill(wide_q[..., :192], *args, prefill_out[:, :8, 5:133])
+    prefill_args = (sequence.cache, sequence.packed_kv_b, 0, 200, sequence.table, sequence.scale, 128)
+    mla_prefill(wide_q[..., :192], *prefill_args, prefill_out[:, :8, 5:133])
     assert torch.equal(prefill_out[:, :8, 5:133], sequence.prefill(0, 200))
     assert prefill_out.isnan().sum() == prefill_out.numel() - 200 * 8 * 128
 
