@@ -20,18 +20,19 @@ NATIVE = Extension(
     optional=True,
 )
 
-# Optional too: without it links within a host are Unix sockets.
-RING = Extension(
-    "braid.actors._ring",
-    sources=["actors/csrc/ring.cpp"],
+# Optional too: without it links within a host are Unix sockets, and nobody waits awake.
+DATA_PLANE = Extension(
+    "braid.actors._native",
+    sources=sorted(map(str, Path("actors/csrc").glob("*.cpp"))),
+    depends=sorted(map(str, Path("actors/csrc").glob("*.hpp"))),
     define_macros=[("Py_LIMITED_API", "0x030B0000")],
-    extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-Wall"],
+    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall"],
     py_limited_api=True,
     optional=True,
 )
 
 setup(
     script_name="setup.py",  # else it would be taken for a module of the package, whose folder this is
-    ext_modules=[RING, NATIVE] if platform.machine() == "x86_64" else [RING],
+    ext_modules=[DATA_PLANE, NATIVE] if platform.machine() == "x86_64" else [DATA_PLANE],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -64,8 +64,7 @@ class ExpertServer:
                 self._compute(batch)
 
     def _compute(self, jobs: list[Job]) -> None:
-        started, layer = time.monotonic(), jobs[0].layer
-        ready = []
+        layer, ready = jobs[0].layer, []
         for job in jobs:
             try:
                 ready.append((job, self._host.local_experts(layer, job.part)))
@@ -76,6 +75,7 @@ class ExpertServer:
             return
         num_rows = sum(len(local) for _, local in ready)
         buffer = self._buffers.take(num_rows, self._hidden, self._dtype)
+        started = time.monotonic()
         self._host.run(layer, [(job.part, local) for job, local in ready], buffer.rows[:num_rows])
         ended, first = time.monotonic(), 0
         for job, local in ready:

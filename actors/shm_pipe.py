@@ -19,7 +19,7 @@ from typing import Literal
 from .pipe import PeerGone, Piece
 
 try:
-    from . import _ring
+    from . import _native
 except ImportError:  # installed where there was no C++ compiler
     HAS_RINGS = False
 else:
@@ -33,12 +33,12 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # nobody ca
 
 def doze(rings: tuple[int, ...]) -> bool:
     """Asks the writers of these rings (the addresses of their words) for wake-ups; False when there is news already."""
-    return _ring.doze(rings)
+    return _native.doze(rings)
 
 
 def rouse(rings: tuple[int, ...]) -> None:
     """The reader is awake and looks at the words by itself."""
-    _ring.rouse(rings)
+    _native.rouse(rings)
 
 
 def check_ring_bytes(num_bytes: int) -> None:
@@ -55,7 +55,7 @@ class Ring:
                 "braid was installed without a C++ compiler, so it has no rings: install g++ and braid anew"
             )
         self.memory_fd, self.data_fd, self.room_fd = memory_fd, data_fd, room_fd
-        self.num_bytes = os.fstat(memory_fd).st_size - _ring.HEADER_BYTES
+        self.num_bytes = os.fstat(memory_fd).st_size - _native.HEADER_BYTES
         check_ring_bytes(self.num_bytes)
         if fcntl.fcntl(memory_fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise ValueError("the memory of a ring must be sealed against shrinking")
@@ -63,14 +63,14 @@ class Ring:
         self._map = mmap.mmap(memory_fd, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.words = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._whole = memoryview(self._map)
-        self.view = self._whole[_ring.HEADER_BYTES :]
+        self.view = self._whole[_native.HEADER_BYTES :]
 
     @classmethod
     def create(cls, num_bytes: int) -> "Ring":
         check_ring_bytes(num_bytes)
         fds = [os.memfd_create("braid-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)]
         try:
-            os.ftruncate(fds[0], num_bytes + _ring.HEADER_BYTES)
+            os.ftruncate(fds[0], num_bytes + _native.HEADER_BYTES)
             fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, SEALS)
             fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -79,7 +79,7 @@ class Ring:
             for fd in fds:
                 os.close(fd)
             raise
-        _ring.start(made.words)
+        _native.start(made.words)
         return made
 
     def fds(self) -> list[int]:
@@ -107,7 +107,7 @@ class ShmPipe:
         sock.setblocking(False)
 
     def interest(self, wants_room: bool) -> list[tuple[int, int]]:
-        if _ring.watch_room(self._out.words, wants_room, self._out.num_bytes):
+        if _native.watch_room(self._out.words, wants_room, self._out.num_bytes):
             os.eventfd_write(self._out.room_fd, 1)  # it came before we asked to be told: tell ourselves
         return [
             (self._in.data_fd, select.EPOLLIN),
@@ -124,14 +124,14 @@ class ShmPipe:
         self.look()
 
     def look(self) -> bool:
-        arrived = _ring.written(self._in.words)
+        arrived = _native.written(self._in.words)
         if arrived == self._arrived:
             return self._arrived != self._read
         if arrived - self._read > self._in.num_bytes or arrived < self._arrived:
             self._arrived, self._ending = self._read, "it announced more bytes than its ring holds"
             return True
         if self._read == self._arrived:  # the origin moves only when all before it has been read
-            self._read_origin = _ring.origin(self._in.words)
+            self._read_origin = _native.origin(self._in.words)
         self._arrived = arrived
         return True
 
@@ -183,12 +183,12 @@ class ShmPipe:
     def _announce(self) -> None:
         if self._written != self._announced:
             self._announced = self._written
-            if _ring.announce(self._out.words, self._written, self._write_origin):
+            if _native.announce(self._out.words, self._written, self._write_origin):
                 os.eventfd_write(self._out.data_fd, 1)
 
     def _collect_room(self) -> None:
         """What has been read since; with everything announced only, for it may move the origin."""
-        freed = _ring.read(self._out.words)
+        freed = _native.read(self._out.words)
         if not self._freed <= freed <= self._announced:
             raise PeerGone("it gave back more bytes than its ring holds")
         self._freed = freed
@@ -204,7 +204,7 @@ class ShmPipe:
 
     def consume(self, num_bytes: int) -> None:
         self._read += num_bytes
-        if _ring.give_back(self._in.words, self._read, self._in.num_bytes):
+        if _native.give_back(self._in.words, self._read, self._in.num_bytes):
             os.eventfd_write(self._in.room_fd, 1)
 
     def read_into(self, target: memoryview) -> int:

@@ -9,7 +9,7 @@ from enum import IntEnum
 from .shm_pipe import HAS_RINGS
 
 if HAS_RINGS:
-    from . import _ring
+    from . import _native
 
 SPIN_S = 0.001
 MAX_PAUSE = 63  # waits spent asleep before the next try
@@ -43,4 +43,4 @@ class Patience:
 
 def spin(rings: tuple[int, ...], epoll_fd: int) -> Outcome:
     """Until a ring (the address of its words) or the epoll has news, SPIN_S are over, or the core is wanted."""
-    return Outcome(_ring.spin(rings, epoll_fd, int(SPIN_S * 1e9))) if HAS_RINGS else Outcome.QUIET
+    return Outcome(_native.spin(rings, epoll_fd, int(SPIN_S * 1e9))) if HAS_RINGS else Outcome.QUIET

@@ -8,14 +8,13 @@
 // comes first: if the producer's does, the consumer sees the bytes and stays awake; if the consumer's does, the producer
 // sees `asleep` and writes to the eventfd, whose counter keeps until the consumer's epoll looks at it. The same holds
 // the other way round for `wants_room` and `read`. A wake-up too many is harmless: whoever wakes looks at the words.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "arguments.hpp"
+
 #include <poll.h>
 #include <sched.h>
 #include <time.h>
 
 #include <atomic>
-#include <cstdint>
 
 namespace {
 
@@ -60,14 +59,7 @@ bool has_room(uint64_t written, uint64_t read, uint64_t size) {
     return written == read || size - (written - read) >= size / 4;
 }
 
-uint64_t number(PyObject* value) { return PyLong_AsUnsignedLongLong(value); }
-
 Header* header(PyObject* address) { return reinterpret_cast<Header*>(number(address)); }
-
-bool takes(Py_ssize_t wanted, Py_ssize_t given) {
-    if (wanted != given) PyErr_Format(PyExc_TypeError, "%zd arguments wanted, %zd given", wanted, given);
-    return wanted == given;
-}
 
 PyObject* start(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!takes(1, count)) return nullptr;
@@ -197,29 +189,17 @@ PyObject* spin(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return PyLong_FromLong(outcome);
 }
 
-using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-
-PyMethodDef method(const char* name, FastFunction function) {
-    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
-}
-
-PyMethodDef methods[] = {
-    method("start", start),         method("announce", announce), method("written", written),
-    method("origin", origin),       method("read", read),         method("give_back", give_back),
-    method("watch_room", watch_room), method("doze", doze),       method("rouse", rouse),
-    method("spin", spin),           {nullptr, nullptr, 0, nullptr},
-};
-
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_ring", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-
 }  // namespace
 
-PyMODINIT_FUNC PyInit__ring() {
-    PyObject* module = PyModule_Create(&definition);
-    const bool is_whole = module && PyModule_AddIntConstant(module, "HEADER_BYTES", HEADER_BYTES) == 0 &&
-                          PyModule_AddIntConstant(module, "QUIET", QUIET) == 0 &&
-                          PyModule_AddIntConstant(module, "NEWS", NEWS) == 0 &&
-                          PyModule_AddIntConstant(module, "CROWDED", CROWDED) == 0;
-    if (module && !is_whole) Py_CLEAR(module);
-    return module;
+PyMethodDef ring_methods[] = {
+    method("start", start),           method("announce", announce), method("written", written),
+    method("origin", origin),         method("read", read),         method("give_back", give_back),
+    method("watch_room", watch_room), method("doze", doze),         method("rouse", rouse),
+    method("spin", spin),             {nullptr, nullptr, 0, nullptr},
+};
+
+bool add_ring_constants(PyObject* module) {
+    return PyModule_AddIntConstant(module, "HEADER_BYTES", HEADER_BYTES) == 0 &&
+           PyModule_AddIntConstant(module, "QUIET", QUIET) == 0 && PyModule_AddIntConstant(module, "NEWS", NEWS) == 0 &&
+           PyModule_AddIntConstant(module, "CROWDED", CROWDED) == 0;
 }

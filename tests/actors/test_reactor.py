@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 from link_peer import ECHO, RING_BYTES, TIMEOUT_S, TRANSPORTS, LinkHost
 
-from braid.actors import _ring
+from braid.actors import _native
 from braid.actors.links import Link, LinkClosed
 from braid.actors.reactor import MAX_MESSAGES_A_TURN, Closed, Opened, Reactor, Received
 
@@ -144,7 +144,7 @@ def test_a_peer_that_breaks_the_framing_is_cut_off(host: LinkHost, far: Reactor,
 
 def test_a_peer_that_gives_back_room_it_never_had_is_cut_off(host: LinkHost, far: Reactor) -> None:
     near, dialed = host.dial("shm", far)
-    _ring.give_back(dialed._pipe._in.words, 1 << 40, RING_BYTES)
+    _native.give_back(dialed._pipe._in.words, 1 << 40, RING_BYTES)
     with pytest.raises(LinkClosed, match="gave back more bytes than its ring holds"):
         near.send(ECHO, b"", bytes(2 * RING_BYTES))
     assert "gave back more bytes" in host.until_closed(near)

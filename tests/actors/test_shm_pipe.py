@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from braid.actors import _ring
+from braid.actors import _native
 from braid.actors.handshake import Refused
 from braid.actors.pipe import PeerGone
 from braid.actors.shm_pipe import MIN_RING_BYTES, Ring, doze, rouse
@@ -137,13 +137,13 @@ def test_what_was_written_before_the_end_is_read_first(pair: Pair) -> None:
 
 
 def test_a_peer_that_announces_or_gives_back_too_much_is_cut_off(pair: Pair) -> None:
-    _ring.announce(pair.reader._in.words, MIN_RING_BYTES + 1, 0)
+    _native.announce(pair.reader._in.words, MIN_RING_BYTES + 1, 0)
     os.eventfd_write(pair.reader._in.data_fd, 1)
     assert pair.data_arrived()
     with pytest.raises(PeerGone, match="announced more bytes than its ring holds"):
         pair.read(1)
     pair.writer.write([bytes(MIN_RING_BYTES)])
-    _ring.give_back(pair.writer._out.words, MIN_RING_BYTES + 1, MIN_RING_BYTES)
+    _native.give_back(pair.writer._out.words, MIN_RING_BYTES + 1, MIN_RING_BYTES)
     with pytest.raises(PeerGone, match="gave back more bytes than its ring holds"):
         pair.writer.write([b"x"])
 

@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 from link_peer import ECHO, TIMEOUT_S, TRANSPORTS, LinkHost
 
-from braid.actors import _ring
+from braid.actors import _native
 from braid.actors.reactor import Closed, Reactor, Received
 from braid.actors.spin import Outcome, Patience, spin
 
@@ -119,4 +119,4 @@ def test_an_answer_that_did_not_come_in_time_proves_nothing() -> None:
 
 
 def test_the_outcomes_are_those_of_the_native_module() -> None:
-    assert (Outcome.QUIET, Outcome.NEWS, Outcome.CROWDED) == (_ring.QUIET, _ring.NEWS, _ring.CROWDED)
+    assert (Outcome.QUIET, Outcome.NEWS, Outcome.CROWDED) == (_native.QUIET, _native.NEWS, _native.CROWDED)
