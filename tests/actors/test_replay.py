@@ -9,9 +9,11 @@ import pytest
 from generators import make_hf_model, save_hf_model
 from processes import Answer, ProcessCluster
 
+import braid
 from braid.actors.settings import Dtype
 from braid.model.sampling_params import SamplingParams
 
+BUNDLED = Path(braid.__file__).parent / "model" / "bundled"
 COMMON = [(11 * i) % 150 + 3 for i in range(200)]
 PROMPTS = [[*COMMON[:length], *range(3, 3 + own)] for length, own in ((200, 0), (200, 9), (128, 1), (70, 100))]
 LONG = SamplingParams(max_tokens=150, temperature=0.8, seed=9, logprobs=1, ignore_eos=True)
@@ -63,3 +65,17 @@ def test_cached_and_preempted_requests_have_the_bits_of_undisturbed_ones(
         assert counters(tight, "decode-0")["preemptions"] > 0
         tight.front.wait_baseline()
         tight.close()
+
+
+def test_drafts_caches_and_preemptions_together_change_nothing(tmp_path: Path) -> None:
+    """The bundled model, which drafts: alone without drafts, then all at once with them where there is no room."""
+    roomy = ProcessCluster(BUNDLED, tmp_path, prefill=0, experts="colocated", kv_tokens=8192, speculation=False)
+    alone = [roomy.generate([prompt], SCORED)[0] for prompt in PROMPTS]
+    roomy.close()
+    tight = ProcessCluster(BUNDLED, tmp_path, prefill=0, experts="colocated", kv_tokens=12 * 64)
+    for params in (SCORED, LONG):
+        assert told(tight.generate([*PROMPTS, *PROMPTS], params)) == told([*alone, *alone])
+    tight.front.wait_baseline()
+    found = counters(tight, "decode-0")
+    assert min(found[name] for name in ("preemptions", "evictions", "prefix_hit_tokens", "accepted_tokens")) > 0
+    tight.close()
