@@ -71,7 +71,10 @@ class Submit:
 
 @dataclass(slots=True)
 class TokenItem:
-    """Output of one sequence in one step. `index` is the 0-based place of the first token among the generated ones."""
+    """Output of one sequence in one step. `index` is the 0-based place of the first token among the generated ones.
+
+    Of the tokens drafted for it so far, `accepted` came true and `rejected` did not.
+    """
 
     id: str
     index: int = 0
@@ -81,6 +84,8 @@ class TokenItem:
     finish: Finish | None = None
     error: dict[str, str] | None = None
     cached: int = 0
+    accepted: int = 0
+    rejected: int = 0
     timing: dict[str, float] = field(default_factory=dict)
 
     def wire(self) -> dict[str, Any]:

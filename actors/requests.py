@@ -39,7 +39,7 @@ class Requests:
         cache: LatentCache,
         scheduler: Scheduler,
         tracer: Tracer,
-        describe_load: Callable[[], dict[str, Any]],
+        describe_load: Callable[[bool], dict[str, Any]],
         kv_checksums: bool = False,
     ) -> None:
         self.name = name
@@ -271,7 +271,12 @@ class Requests:
         self._emit(sequence, item)
         self.counters["finished"] += 1
         if sequence.state == "decode":
-            attributes: Attributes = {"braid.worker": self.name, "gen_ai.usage.output_tokens": sequence.num_generated}
+            attributes: Attributes = {
+                "braid.worker": self.name,
+                "gen_ai.usage.output_tokens": sequence.num_generated,
+                "braid.drafts.accepted": item.accepted,
+                "braid.drafts.rejected": item.rejected,
+            }
             self.tracer.record("decode", sequence.carrier, sequence.started_ns, time.time_ns(), attributes)
         else:
             self._trace_prefill(sequence)
@@ -323,6 +328,7 @@ class Requests:
     ) -> TokenItem:
         wanted = sequence.params.logprobs is not None
         first = not tokens or sequence.num_generated == len(tokens)
+        drafting = sequence.drafting
         return TokenItem(
             sequence.id,
             index=sequence.num_generated - len(tokens),
@@ -331,6 +337,8 @@ class Requests:
             prompt_logprobs=sequence.prompt_logprobs if first and sequence.prompt_logprobs else None,
             finish=finish,
             cached=sequence.cached_tokens if first else 0,
+            accepted=drafting.num_accepted if drafting else 0,
+            rejected=drafting.num_drafted - drafting.num_accepted if drafting else 0,
             timing={"queue_s": (sequence.started_ns - sequence.arrived_ns) / 1e9, **(transfer or {})} if first else {},
         )
 

@@ -64,6 +64,8 @@ class Flight:
         self.span.set_attribute("gen_ai.response.finish_reasons", [finish])
         self.span.set_attribute("gen_ai.usage.input_tokens", len(self.request.prompt_ids))
         self.span.set_attribute("gen_ai.usage.output_tokens", self.stream.num_tokens)
+        self.span.set_attribute("braid.drafts.accepted", self.stream.num_accepted)
+        self.span.set_attribute("braid.drafts.rejected", self.stream.num_rejected)
         if error is not None:
             self.span.set_attribute("error.type", finish)
             self.span.set_status(Status(StatusCode.ERROR, error))

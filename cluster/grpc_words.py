@@ -107,6 +107,8 @@ def write_delta(delta: Delta) -> pb.GenerateResponse:
         usage = delta.usage
         wire.usage.CopyFrom(pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens))
         wire.usage.cached_tokens = usage.cached_tokens
+        wire.usage.accepted_prediction_tokens = usage.accepted_prediction_tokens
+        wire.usage.rejected_prediction_tokens = usage.rejected_prediction_tokens
     return wire
 
 

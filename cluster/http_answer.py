@@ -147,4 +147,8 @@ def _usage(usages: Mapping[int, Usage], n: int) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(usage.accepted_prediction_tokens for usage in usages.values()),
+            "rejected_prediction_tokens": sum(usage.rejected_prediction_tokens for usage in usages.values()),
+        },
     }

@@ -58,6 +58,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    accepted_prediction_tokens: int = 0  # of the completion tokens: drafted, and then found to be right
+    rejected_prediction_tokens: int = 0  # drafted in vain: in no answer, but somebody's time
 
     @property
     def total_tokens(self) -> int:

@@ -40,6 +40,8 @@ class OutputStream:
         self.scanner = StopScanner(stops)
         self.num_tokens = 0
         self.num_cached = 0
+        self.num_accepted = 0
+        self.num_rejected = 0
         self.is_done = False
         self.is_cut = False  # by a stop string, which its worker does not know of
         self.early: dict[int, TokenItem] = {}  # by index: items that overtook an earlier one
@@ -55,6 +57,8 @@ class OutputStream:
     def _delta(self, item: TokenItem) -> Delta:
         token_ids: list[int] = item["token_ids"]
         self.num_cached = max(self.num_cached, item.get("cached") or 0)
+        self.num_accepted = max(self.num_accepted, item.get("accepted") or 0)
+        self.num_rejected = max(self.num_rejected, item.get("rejected") or 0)
         text, used, stop = self._text(token_ids, item["finish"])
         self.num_tokens += used
         finish: Finish | None = "stop" if stop is not None else item["finish"]
@@ -68,8 +72,12 @@ class OutputStream:
             token_logprobs(self.prompt_ids, item.get("prompt_logprobs")),
             finish,
             stop if stop is not None else self._stop_token(token_ids, finish),
-            Usage(len(self.prompt_ids), self.num_tokens, self.num_cached) if self.is_done else None,
+            self._usage() if self.is_done else None,
         )
+
+    def _usage(self) -> Usage:
+        accepted = min(self.num_accepted, self.num_tokens)  # some may lie behind a stop string
+        return Usage(len(self.prompt_ids), self.num_tokens, self.num_cached, accepted, self.num_rejected)
 
     def _text(self, token_ids: list[int], finish: str | None) -> tuple[str, int, str | None]:
         """The text that may leave, the number of tokens it took, and the stop string that cut it short."""

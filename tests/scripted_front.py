@@ -102,6 +102,7 @@ class ScriptedFront:
             finish = "stop" if is_end else "length" if index + 1 >= params.max_tokens else None
             token_ids = [] if token_id is None else [token_id]
             item = {"index": index, "token_ids": token_ids, "finish": finish, "cached": 1}
+            item |= {"accepted": index, "rejected": 3}
             if params.logprobs is not None:
                 item["logprobs"] = [[logprob(token), top(token, params.logprobs)] for token in token_ids]
             if params.prompt_logprobs is not None and not index:

@@ -81,10 +81,14 @@ def test_streams_deltas_and_keeps_the_callers_trace(run_dir: Path, byte_tokenize
             top = [pb.TopLogprob(token_id=65, logprob=-0.5)]
             logprobs = [pb.TokenLogprob(token_id=65, logprob=-0.5, top=top)]
             assert first == pb.GenerateResponse(text="A", token_ids=[65], logprobs=logprobs)
-            worker.say(TokenItem(submit.id, 1, [66], logprobs=[[-1.0, []]], finish="stop", cached=1))
+            worker.say(
+                TokenItem(submit.id, 1, [66], logprobs=[[-1.0, []]], finish="stop", cached=1, accepted=1, rejected=2)
+            )
             last = await call.read()
             assert (last.text, last.finish_reason, last.stop_token_id) == ("", pb.FINISH_REASON_STOP, 66)
-            assert last.usage == pb.Usage(prompt_tokens=2, completion_tokens=2, cached_tokens=1)
+            usage = pb.Usage(prompt_tokens=2, completion_tokens=2, cached_tokens=1)
+            usage.accepted_prediction_tokens, usage.rejected_prediction_tokens = 1, 2
+            assert last.usage == usage
             assert await call.read() is grpc.aio.EOF
             assert await call.code() == grpc.StatusCode.OK
 

@@ -204,6 +204,9 @@ def test_the_client_library_understands_answer_and_logprobs(client: openai.OpenA
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 1
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.accepted_prediction_tokens == answer.usage.completion_tokens - 1
+    assert answer.usage.completion_tokens_details.rejected_prediction_tokens == 3
     shown = choice.logprobs
     assert shown is not None
     assert shown.tokens is not None

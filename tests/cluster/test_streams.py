@@ -103,6 +103,11 @@ def test_min_tokens_come_before_a_stop_string_counts(tokenizer: Tokenizer) -> No
     assert deltas[-1].usage == Usage(3, 5)
 
 
+def test_drafts_that_came_true_behind_a_stop_string_are_in_no_answer(tokenizer: Tokenizer) -> None:
+    deltas = run(stream_of(tokenizer, "b"), [TokenItem("id", 0, [*b"abcdef"], accepted=5, rejected=1)])
+    assert deltas[-1].usage == Usage(3, 2, 0, 2, 1)
+
+
 def test_a_stop_token_is_no_text_and_is_named(tokenizer: Tokenizer) -> None:
     params = SamplingParams(max_tokens=9, stop_token_ids=(ord("b"),))
     stream = OutputStream(PROMPT, params, (), tokenizer.decoder())
