@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from .handshake import Introduction, Refused, check_secret, introduce, remaining
 from .links import DEFAULT_MAX_QUEUED_BYTES, DialFailed, HandshakeRejected, Hello, Link
 from .pipe import Pipe, Transport
-from .shm_pipe import DEFAULT_RING_BYTES, HAS_RINGS
+from .shm_pipe import DEFAULT_RING_BYTES, HAS_NATIVE
 from .shm_setup import send_rings
 from .socket_pipe import SocketPipe
 
@@ -74,11 +74,11 @@ def choose_transport(mine: Hello, theirs_host_id: str, setting: Literal["auto", 
         return "tcp"
     if not is_same_host:
         raise ValueError("transport 'shm' was asked for, and the peer is on another host: use 'auto' or 'tcp'")
-    if setting == "shm" and not HAS_RINGS:
+    if setting == "shm" and not HAS_NATIVE:
         raise ValueError(
             "transport 'shm' needs the native module: install a C++ compiler, and braid anew, or use 'auto'"
         )
-    return "shm" if bulk and HAS_RINGS else "unix"
+    return "shm" if bulk and HAS_NATIVE else "unix"
 
 
 def host_id() -> str:

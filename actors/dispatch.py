@@ -23,15 +23,14 @@ from ..router.expert_map import ExpertMap
 from ..router.replica_bias import ReplicaBias
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import DISPATCH, ROWS, Kind
+from .pairs import Ints, encode, split
 from .reactor import Closed, Event, Received
 from .row_buffers import RowBuffer, RowBuffers
-from .wire import DTYPE_CODES, bytes_of
+from .wire import DTYPE_CODES
 
 DISPATCH_DEADLINE_S = 30.0  # a prefill chunk on a busy CPU takes seconds; a hung worker must still be told apart
 BIAS_INTERVAL = 16  # steps between two updates of the replica bias and its table
 NUMBER = struct.Struct("<Q")  # how the meta of ROWS begins
-
-Ints = npt.NDArray[np.int64]
 
 
 class Mail(Protocol):
@@ -112,6 +111,8 @@ class RemoteExperts:
         self._buffers = RowBuffers()
         self._lent: RowBuffer | None = None  # holds what collect returned last
         self._slots = np.zeros(0, dtype=np.int64)  # 0, 1, 2 .. as far as was needed
+        self._payload = np.zeros(0, dtype=np.uint8)
+        self._payload_bytes = self._payload.data
         self._collecting_since = 0.0
         self.loads: npt.NDArray[np.int64] = np.zeros((0, num_experts), dtype=np.int64)
 
@@ -128,15 +129,10 @@ class RemoteExperts:
                 link.place_payloads(self._place_payload)
         dead = [index for index, link in enumerate(self._links) if link is None or link.closed]
         self._bias = ReplicaBias(expert_map, layers, dead)
-        self._choose()
+        self._table = self._bias.table()
         self._owner_rows = np.zeros(len(self._names))
         if len(self.loads) != len(layers):
             self.loads = np.zeros((len(layers), self._num_experts), dtype=np.int64)
-
-    def _choose(self) -> None:
-        """Makes the table of owners anew, and notes the layers that one owner has to itself."""
-        self._table = table = self._bias.table()
-        self._sole = np.where((table == table[:, :1]).all(1), table[:, 0], -1).tolist()
 
     def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> RemoteHandle:
         """x: [M, hidden]; topk_idx: [M, k]. Sends without waiting; the caller computes the shared expert meanwhile.
@@ -208,7 +204,7 @@ class RemoteExperts:
         self._steps += 1
         if self._steps % BIAS_INTERVAL == 0 and self._names:
             self._bias.update(self._owner_rows)
-            self._choose()
+            self._table = self._bias.table()
             self._owner_rows[:] = 0
 
     def take_failed(self) -> dict[int, str]:
@@ -219,16 +215,13 @@ class RemoteExperts:
 
     def _send(self, handle: RemoteHandle, slots: Ints, first: int) -> None:
         """slots: ascending flat places (row * k + slot) that need a worker; their rows are stored from `first` on."""
-        row = self._layer_row[handle.layer]
-        if self._sole[row] >= 0:
-            self._send_part(handle, self._sole[row], slots, first)
-            return
-        owners = self._table[row][handle.experts[slots]]
-        for owner, num in enumerate(np.bincount(owners + 1).tolist(), start=-1):
+        owner_of = self._table[self._layer_row[handle.layer]]
+        slots, counts = split(handle.experts, slots, owner_of, len(self._names))
+        begin = 0
+        for owner, num in enumerate(counts, start=-1):
             if num:
-                mine = slots if num == len(slots) else slots[owners == owner]
-                self._send_part(handle, owner, mine, first)
-                first += num
+                self._send_part(handle, owner, slots[begin : begin + num], first + begin)
+                begin += num
 
     def _send_part(self, handle: RemoteHandle, owner: int, slots: Ints, first: int) -> None:
         self._store(handle, slots, first)
@@ -238,23 +231,30 @@ class RemoteExperts:
         link = self._links[owner]
         assert link is not None, f"the table chose {self._names[owner]}, which has no link"
         number, self._next_id = self._next_id, self._next_id + 1
-        x, row_of_pair = self._rows_of(handle, slots)
-        pairs = np.stack([row_of_pair, handle.experts[slots]]).astype(np.int32)
-        meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, DTYPE_CODES[x.dtype], len(x), len(slots))
-        payload, now = bytes_of(x), time.monotonic()
-        target = handle.buffer.bytes_of_rows(first, len(slots))
-        part = Part(handle, owner, link, slots, first, target, now + DISPATCH_DEADLINE_S)
+        x, num_pairs = handle.x, len(slots)
+        self._make_room(8 * num_pairs + x.nbytes)
+        num_rows = encode(x, handle.experts, slots, handle.top_k, self._payload)
+        x_bytes = num_rows * x.shape[1] * x.itemsize
+        meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, DTYPE_CODES[x.dtype], num_rows, num_pairs)
+        target = handle.buffer.bytes_of_rows(first, num_pairs)
+        part = Part(handle, owner, link, slots, first, target, time.monotonic() + DISPATCH_DEADLINE_S)
         self._open[number] = handle.pending[number] = part
         try:
-            link.send(Kind.DISPATCH, meta, pairs.data.cast("B"), payload)
+            link.send(Kind.DISPATCH, meta, self._payload_bytes[: 8 * num_pairs + x_bytes])
         except (LinkClosed, LinkFull):
             self._lost(link)
             return
         part.sent = time.monotonic()
         self.counters.hops += 1
-        self.counters.rows += len(slots)
-        self.counters.bytes_out += payload.nbytes
-        self._owner_rows[owner] += len(slots)
+        self.counters.rows += num_pairs
+        self.counters.bytes_out += x_bytes
+        self._owner_rows[owner] += num_pairs
+
+    def _make_room(self, num_bytes: int) -> None:
+        """A payload's memory is free again when `send` returns."""
+        if len(self._payload) < num_bytes:
+            self._payload = np.empty(num_bytes, dtype=np.uint8)
+            self._payload_bytes = self._payload.data
 
     def _store(self, handle: RemoteHandle, slots: Ints, first: int) -> None:
         num_slots = len(handle.experts)
@@ -262,18 +262,6 @@ class RemoteExperts:
             handle.place = np.empty(num_slots, dtype=np.int64)
         if handle.place is not None:
             handle.place[slots] = self._all_slots(num_slots)[first : first + len(slots)]
-
-    def _rows_of(self, handle: RemoteHandle, slots: Ints) -> tuple[Tensor, Ints]:
-        """The rows of x that the slots need, and which of them each slot needs."""
-        rows, x = slots // handle.top_k, handle.x
-        if len(slots) == len(handle.experts):
-            return x, rows
-        is_needed = np.zeros(len(x), dtype=bool)
-        is_needed[rows] = True
-        needed = np.flatnonzero(is_needed)
-        if len(needed) == len(x):
-            return x, rows
-        return x[torch.from_numpy(needed)], (np.cumsum(is_needed) - 1)[rows]
 
     def _all_slots(self, num: int) -> Ints:
         if len(self._slots) < num:
@@ -330,7 +318,7 @@ class RemoteExperts:
         self._forget(number, part)
         experts = np.frombuffer(message.payload, dtype=np.int64)
         self._bias.forget(self._layer_row[part.handle.layer], experts, part.owner)
-        self._choose()
+        self._table = self._bias.table()
         self._send_again(part)
 
     def _lost(self, link: Link) -> None:
@@ -339,7 +327,7 @@ class RemoteExperts:
             return
         owner = self._links.index(link)
         self._bias.drop(owner)
-        self._choose()
+        self._table = self._bias.table()
         for number, part in list(self._open.items()):
             if part.owner == owner and number in self._open:  # a nested loss may have moved it already
                 self._forget(number, part)

@@ -6,28 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..model.network_weights import ExpertWeights
+from .pairs import Ints, decode, experts_of
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One dispatch: x [rows, hidden], row_of_pair [pairs] int64, expert_of_pair [pairs] int64 (logical experts)."""
+    """One dispatch: x [rows, hidden], and the payload that begins with its pairs of a row and a logical expert."""
 
     x: Tensor
-    row_of_pair: Tensor
-    expert_of_pair: Tensor
-
-
-class NotResident(Exception):
-    """This worker does not hold some experts it was asked for: send their rows to another replica."""
-
-    def __init__(self, layer: int, experts: Tensor) -> None:
-        super().__init__(f"experts {experts.tolist()} of layer {layer} are not resident here")
-        self.experts = experts
+    payload: memoryview
+    num_pairs: int
 
 
 class ExpertHost:
@@ -35,33 +27,33 @@ class ExpertHost:
 
     def __init__(self, weights: Mapping[int, ExpertWeights], num_experts: int) -> None:
         self._weights = dict(weights)
-        self._local: dict[int, npt.NDArray[np.int64]] = {}
+        self._nowhere = np.full(num_experts, -1)
+        self._local: dict[int, Ints] = {}
         for layer, held in weights.items():
-            self._local[layer] = local = np.full(num_experts, -1)
+            self._local[layer] = local = self._nowhere.copy()
             local[list(held.expert_ids)] = np.arange(len(held.expert_ids))
+        self._rows = self._places = np.zeros(0, dtype=np.int64)  # of the pairs of a batch: row of x, place in the stack
 
-    def local_experts(self, layer: int, part: Slice) -> Tensor:
-        """Places of the pairs' experts in this worker's weights. Raises NotResident."""
-        if layer not in self._local:
-            raise NotResident(layer, torch.unique(part.expert_of_pair))
-        local = self._local[layer][part.expert_of_pair.numpy()]
-        if len(local) and local.min() < 0:
-            raise NotResident(layer, torch.unique(part.expert_of_pair[torch.from_numpy(local < 0)]))
-        return torch.from_numpy(local)
+    def add(self, layer: int, part: Slice, num_rows: int, num_pairs: int) -> bool:
+        """Puts a slice into the batch, behind others of so many rows and pairs. False if an expert is not resident."""
+        end = num_pairs + part.num_pairs
+        if end > len(self._rows):
+            self._rows, self._places = (np.resize(kept, 2 * end) for kept in (self._rows, self._places))
+        local = self._local.get(layer, self._nowhere)
+        batch = slice(num_pairs, end)
+        return decode(part.payload, part.num_pairs, num_rows, local, self._rows[batch], self._places[batch])
 
-    def run(self, layer: int, parts: list[tuple[Slice, Tensor]], out: Tensor) -> None:
-        """Runs the slices of several peers as one batch; parts: (slice, local experts), out: [pairs of all, hidden].
+    def missing(self, layer: int, part: Slice) -> Ints:
+        """The experts that a slice asks for and that are not resident."""
+        experts = experts_of(part.payload, part.num_pairs)
+        return np.unique(experts[self._local.get(layer, self._nowhere)[experts] < 0])
+
+    def run(self, layer: int, parts: list[Slice], out: Tensor) -> None:
+        """Computes the batch, of these slices, into out [pairs of all, hidden].
 
         Batching changes no bits: grouped_mlp is row-invariant (DESIGN law 5).
         """
-        held = self._weights[layer]
-        (part, local), *others = parts
-        x, row_of_pair = part.x, part.row_of_pair
-        if others:
-            offsets = np.cumsum([0, *(len(part.x) for part, _ in parts)]).tolist()
-            x = torch.cat([part.x for part, _ in parts])
-            row_of_pair = torch.cat(
-                [part.row_of_pair + first for (part, _), first in zip(parts, offsets, strict=False)]
-            )
-            local = torch.cat([local for _, local in parts])
-        held.ops.grouped_mlp(x, row_of_pair, local, held.w13, held.w2, out=out)
+        held, num_pairs = self._weights[layer], len(out)
+        x = parts[0].x if len(parts) == 1 else torch.cat([part.x for part in parts])
+        rows, places = torch.from_numpy(self._rows[:num_pairs]), torch.from_numpy(self._places[:num_pairs])
+        held.ops.grouped_mlp(x, rows, places, held.w13, held.w2, out=out)

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from .expert_host import ExpertHost, NotResident, Slice
+from .expert_host import ExpertHost, Slice
 from .links import Link, LinkClosed, LinkFull
 from .messages import DISPATCH, ROWS, Kind
+from .pairs import are_within, x_of
 from .reactor import Event, Received
 from .row_buffers import RowBuffers
-from .wire import DTYPES, bytes_of, rows_from
+from .wire import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -64,30 +64,29 @@ class ExpertServer:
                 self._compute(batch)
 
     def _compute(self, jobs: list[Job]) -> None:
-        layer, ready = jobs[0].layer, []
+        layer, num_rows, num_pairs = jobs[0].layer, 0, 0
+        ready: list[Job] = []
         for job in jobs:
-            try:
-                ready.append((job, self._host.local_experts(layer, job.part)))
-            except NotResident as error:
-                log.warning("%s asked for what is not here: %s", job.link.peer.name, error)
-                self._reply(job, Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0, 0, 0), bytes_of(error.experts))
+            if self._host.add(layer, job.part, num_rows, num_pairs):
+                ready.append(job)
+                num_rows, num_pairs = num_rows + len(job.part.x), num_pairs + job.part.num_pairs
+            else:
+                experts = self._host.missing(layer, job.part)
+                log.warning("%s asked for experts %s of layer %d", job.link.peer.name, experts.tolist(), layer)
+                self._reply(job, Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0, 0, 0), experts.data.cast("B"))
         if not ready:
             return
-        num_rows = sum(len(local) for _, local in ready)
-        buffer = self._buffers.take(num_rows, self._hidden, self._dtype)
+        buffer = self._buffers.take(num_pairs, self._hidden, self._dtype)
         started = time.monotonic()
-        self._host.run(layer, [(job.part, local) for job, local in ready], buffer.rows[:num_rows])
+        self._host.run(layer, [job.part for job in ready], buffer.rows[:num_pairs])
         ended, first = time.monotonic(), 0
-        for job, local in ready:
+        for job in ready:
             queued, computed, held = started - job.arrived, ended - started, time.monotonic() - job.arrived
-            meta = ROWS.pack(job.number, len(local), int(queued * 1e9), int(computed * 1e9), int(held * 1e9))
-            self._reply(job, Kind.ROWS, meta, buffer.bytes_of_rows(first, len(local)))
-            first += len(local)
-            self.counts["tokens"] += len(job.part.x)
+            meta = ROWS.pack(job.number, job.part.num_pairs, int(queued * 1e9), int(computed * 1e9), int(held * 1e9))
+            self._reply(job, Kind.ROWS, meta, buffer.bytes_of_rows(first, job.part.num_pairs))
+            first += job.part.num_pairs
         self._buffers.give_back(buffer)
-        self.counts["rows"] += num_rows
-        self.counts["hops"] += len(ready)
-        self.counts["batches"] += 1
+        self.counts.update(tokens=num_rows, rows=num_pairs, hops=len(ready), batches=1)
 
     def _reply(self, job: Job, kind: Kind, meta: bytes, payload: memoryview) -> None:
         try:
@@ -125,11 +124,10 @@ def jobs_of(events: list[Event], hidden: int, num_experts: int, dtype: torch.dty
 def _job(event: Received, hidden: int, num_experts: int, dtype: torch.dtype, now: float) -> Job:
     number, _, layer, phase, code, num_rows, num_pairs = DISPATCH.unpack(event.message.meta)
     payload = event.message.payload
-    pairs = np.frombuffer(payload, dtype=np.uint32, count=2 * num_pairs).reshape(2, num_pairs)
-    x = rows_from(payload[8 * num_pairs :], DTYPES[code], hidden)
+    are_sound = are_within(payload, num_pairs, num_rows, num_experts)
+    x = x_of(payload, num_pairs, DTYPES[code], hidden)
     if len(x) != num_rows or x.dtype != dtype:
         raise ValueError(f"{num_rows} rows of {dtype} announced or wanted, {len(x)} of {x.dtype} sent")
-    if num_pairs and (pairs[0].max() >= num_rows or pairs[1].max() >= num_experts):
-        raise ValueError(f"pairs up to row {pairs[0].max()} and expert {pairs[1].max()} of {num_experts}")
-    row_of_pair, expert_of_pair = torch.from_numpy(pairs.astype(np.int64))
-    return Job(event.link, number, layer, phase, Slice(x, row_of_pair, expert_of_pair), now)
+    if not are_sound:
+        raise ValueError(f"pairs beyond row {num_rows - 1} or expert {num_experts - 1}")
+    return Job(event.link, number, layer, phase, Slice(x, payload, num_pairs), now)

@@ -21,9 +21,9 @@ from .pipe import PeerGone, Piece
 try:
     from . import _native
 except ImportError:  # installed where there was no C++ compiler
-    HAS_RINGS = False
+    HAS_NATIVE = False
 else:
-    HAS_RINGS = True
+    HAS_NATIVE = True
 
 DEFAULT_RING_BYTES = 8 << 20
 MIN_RING_BYTES, MAX_RING_BYTES = 4096, 1 << 30
@@ -50,7 +50,7 @@ class Ring:
     """One direction: a page of words, the bytes, and two eventfds that wake its reader and its writer."""
 
     def __init__(self, memory_fd: int, data_fd: int, room_fd: int) -> None:
-        if not HAS_RINGS:
+        if not HAS_NATIVE:
             raise ValueError(
                 "braid was installed without a C++ compiler, so it has no rings: install g++ and braid anew"
             )

@@ -6,9 +6,9 @@ core again and again; where somebody else ran in the meantime the core is wanted
 
 from enum import IntEnum
 
-from .shm_pipe import HAS_RINGS
+from .shm_pipe import HAS_NATIVE
 
-if HAS_RINGS:
+if HAS_NATIVE:
     from . import _native
 
 SPIN_S = 0.001
@@ -43,4 +43,4 @@ class Patience:
 
 def spin(rings: tuple[int, ...], epoll_fd: int) -> Outcome:
     """Until a ring (the address of its words) or the epoll has news, SPIN_S are over, or the core is wanted."""
-    return Outcome(_native.spin(rings, epoll_fd, int(SPIN_S * 1e9))) if HAS_RINGS else Outcome.QUIET
+    return Outcome(_native.spin(rings, epoll_fd, int(SPIN_S * 1e9))) if HAS_NATIVE else Outcome.QUIET

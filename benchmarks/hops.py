@@ -27,7 +27,7 @@ from braid.actors.dialing import dial, host_id
 from braid.actors.dispatch import RemoteExperts
 from braid.actors.expert_host import ExpertHost
 from braid.actors.expert_server import ExpertServer
-from braid.actors.links import Hello
+from braid.actors.links import Hello, Link
 from braid.actors.listener import Listener
 from braid.actors.pipe import Transport
 from braid.actors.reactor import Closed, Event, Opened, Reactor
@@ -120,7 +120,7 @@ def expert_workers(num: int, shape: Shape, transport: Transport) -> Iterator[Rem
             held = [e for e, holders in enumerate(expert_map.replicas[LAYER]) if index in holders]
             processes.append(spawn.Process(target=expert_worker, args=(owner.worker, held, shape, address, transport)))
             processes[-1].start()
-        links = {}
+        links: dict[str, Link] = {}
         while len(links) < num:
             links |= {event.link.peer.name: event.link for event in reactor.poll(60) if isinstance(event, Opened)}
         experts = RemoteExperts(Mail(reactor), shape.num_experts)

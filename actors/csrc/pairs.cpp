@@ -2,6 +2,7 @@
 #include "arguments.hpp"
 
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -14,20 +15,23 @@ PyObject* split(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const Int num_owners = PyLong_AsLongLong(args[3]);
     const Span<Int> order(args[4], PyBUF_WRITABLE);
     if (PyErr_Occurred() || !order.holds(slots.size())) return nullptr;
+    std::vector<Py_ssize_t> places(num_owners + 2);  // of owner o at o + 2: first their number, then where they begin
+    for (Py_ssize_t i = 0; i < slots.size(); ++i) {
+        const Int slot = slots.data()[i];
+        const Int expert = slot >= 0 && slot < experts.size() ? experts.data()[slot] : -1;
+        const Int owner = expert >= 0 && expert < owner_of.size() ? owner_of.data()[expert] : num_owners;
+        if (owner < -1 || owner >= num_owners)
+            return PyErr_Format(PyExc_IndexError, "slot %lld has no expert with an owner", (long long)slot);
+        ++places[owner + 2];
+    }
     PyObject* counts = PyTuple_New(num_owners + 1);
-    Py_ssize_t first = 0;
-    for (Int owner = -1; counts && owner < num_owners; ++owner) {
-        const Py_ssize_t begin = first;
-        for (Py_ssize_t i = 0; i < slots.size(); ++i) {
-            const Int slot = slots.data()[i];
-            if (slot < 0 || slot >= experts.size() || experts.data()[slot] < 0 ||
-                experts.data()[slot] >= owner_of.size()) {
-                Py_DECREF(counts);
-                return PyErr_Format(PyExc_IndexError, "slot %lld has no expert with an owner", (long long)slot);
-            }
-            if (owner_of.data()[experts.data()[slot]] == owner) order.data()[first++] = slot;
-        }
-        PyTuple_SetItem(counts, owner + 1, PyLong_FromSsize_t(first - begin));
+    if (!counts) return nullptr;
+    for (Int owner = -1; owner < num_owners; ++owner)
+        PyTuple_SetItem(counts, owner + 1, PyLong_FromSsize_t(places[owner + 2]));
+    for (Int owner = 0; owner < num_owners; ++owner) places[owner + 1] += places[owner];  // begins of owner at o + 1
+    for (Py_ssize_t i = 0; i < slots.size(); ++i) {
+        const Int slot = slots.data()[i];
+        order.data()[places[owner_of.data()[experts.data()[slot]] + 1]++] = slot;
     }
     return counts;
 }

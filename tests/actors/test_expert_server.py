@@ -17,7 +17,7 @@ from braid.actors.socket_pipe import SocketPipe
 from braid.actors.wire import bytes_of
 
 HIDDEN, NUM_EXPERTS = 3, 4
-EMPTY = Slice(torch.empty(0, HIDDEN), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+EMPTY = Slice(torch.empty(0, HIDDEN), memoryview(b""), 0)
 
 
 @pytest.fixture
