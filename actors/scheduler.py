@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..model.kv_cache import BLOCK_SIZE, BlockAllocator, OutOfBlocks, blocks_for
 from ..router.fair_queue import FairQueue
@@ -117,9 +117,11 @@ class Scheduler:
         known_rows = self._known_rows(budget)
         chunks: Plan = []
         for sequence in self.decoding:
-            chunk = self._decode_chunk(sequence, min(known_rows, budget), budget)
-            budget -= chunk.num_rows - 1
-            known_rows -= chunk.num - 1
+            chunk = Chunk(sequence, sequence.num_computed, 1, absorbed=True)
+            if sequence.drafts or not chunk.is_last:
+                chunk = self._extended(chunk, min(known_rows, budget), budget)
+                budget -= chunk.num_rows - 1
+                known_rows -= chunk.num - 1
             chunks.append(chunk)
         return chunks + self._prompt_chunks(min(known_rows, budget))
 
@@ -129,16 +131,16 @@ class Scheduler:
             return min(budget, max(self.max_batch_tokens // MIXED_SHARE, BLOCK_SIZE))
         return budget
 
-    def _decode_chunk(self, sequence: Sequence, max_replayed: int, max_drafts: int) -> Chunk:
-        """The newest token's row and the drafts after it; in a replay, as many known rows as there is room for."""
-        start, length = sequence.num_computed, len(sequence.tokens)
-        if start + 1 < length:
-            return Chunk(sequence, start, min(length - start, 1 + max_replayed), absorbed=True)
+    def _extended(self, chunk: Chunk, max_known: int, max_drafts: int) -> Chunk:
+        """In a replay, as many more of the known rows as there is room for; else the drafts after the newest token."""
+        sequence, length = chunk.sequence, len(chunk.sequence.tokens)
+        if not chunk.is_last:
+            return replace(chunk, num=min(length - chunk.start, 1 + max_known))
         wanted = max(min(len(sequence.drafts), max_drafts, sequence.max_length - length), 0)
         if not _reaches(sequence, length + wanted) and self.allocator.num_free:
             sequence.block_table += self.allocator.allocate(1)
         fitting = min(wanted, len(sequence.block_table) * BLOCK_SIZE - length)
-        return Chunk(sequence, start, 1, absorbed=True, drafts=tuple(sequence.drafts[:fitting]))
+        return replace(chunk, drafts=tuple(sequence.drafts[:fitting]))
 
     def _prompt_chunks(self, budget: int) -> Plan:
         chunks: Plan = []
@@ -206,7 +208,8 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Gives every decoding sequence room for its newest token, the best placed first."""
-        for sequence in sorted(self.decoding, key=_rank):
+        full = [sequence for sequence in self.decoding if not _reaches(sequence, len(sequence.tokens))]
+        for sequence in sorted(full, key=_rank):
             while sequence.state == "decode" and not _reaches(sequence, len(sequence.tokens)):
                 if self.allocator.num_free:
                     sequence.block_table += self.allocator.allocate(1)
