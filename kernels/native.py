@@ -30,7 +30,7 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def set_threads(count: int) -> None:
-    """How many threads compute, the calling one included; only one thread of a process may call kernels."""
+    """How many threads compute, the calling one included; of callers at the same time one has help."""
     _native.set_threads(count)
 
 

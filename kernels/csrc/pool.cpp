@@ -24,14 +24,20 @@ class Pool {
   public:
     void set_threads(int count) {
         if (count == num_threads()) return;
+        while (is_taken_.exchange(true, std::memory_order_acquire)) sched_yield();
         stop();
         for (int i = 1; i < count; ++i) helpers_.emplace_back([this] { help(); });
         num_threads_.store(count, std::memory_order_relaxed);
+        is_taken_.store(false, std::memory_order_release);
     }
 
     int num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
 
     void run(int chunks, void (*function)(void*, int), void* body) {
+        if (is_taken_.exchange(true, std::memory_order_acquire)) {  // by another thread's job: do without helpers
+            for (int chunk = 0; chunk < chunks; ++chunk) function(body, chunk);
+            return;
+        }
         function_ = function, body_ = body, chunks_ = chunks;
         pending_.store(chunks, std::memory_order_relaxed);
         unclaimed_.store(chunks);  // publishes the job
@@ -41,6 +47,7 @@ class Pool {
             if (looks < 1000) _mm_pause();
             else sched_yield();  // whoever holds the last chunk may want this core
         }
+        is_taken_.store(false, std::memory_order_release);
     }
 
   private:
@@ -100,6 +107,7 @@ class Pool {
     void* body_ = nullptr;
     int chunks_ = 0;
     std::atomic<int> num_threads_{1};
+    std::atomic<bool> is_taken_{false};
     alignas(64) std::atomic<int> unclaimed_{0};
     alignas(64) std::atomic<int> pending_{0};
     alignas(64) std::atomic<int> sleepers_{0};

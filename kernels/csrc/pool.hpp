@@ -7,7 +7,7 @@
 
 namespace braid {
 
-// Threads that compute, the caller included; only one thread of a process may call parallel_for.
+// Threads that compute, the caller included. The helpers serve one caller at a time; another one meanwhile works alone.
 void set_threads(int count);
 int num_threads();
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,12 @@ def test_the_pool_does_every_chunk_once(threads: int) -> None:
     set_threads(threads)
     for chunks in (0, 1, 2, 3, 17, 1000):
         assert count_chunks(chunks, 300) == [300] * chunks
+
+
+def test_several_callers_at_once() -> None:
+    set_threads(3)
+    with ThreadPoolExecutor(4) as callers:
+        assert list(callers.map(count_chunks, [50] * 20, [200] * 20)) == [[200] * 50] * 20
 
 
 def test_the_pool_wakes_helpers_that_sleep_and_changes_size() -> None:
