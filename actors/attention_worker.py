@@ -144,10 +144,13 @@ class AttentionWorker:
         if self._tracer:
             self._tracer.close()
 
-    def load(self) -> dict[str, Any]:
-        """What front ends place requests by, and what /metrics shows. Serving thread only: it reads live queues."""
+    def load(self, with_counters: bool) -> dict[str, Any]:
+        """What front ends place requests by; with counters also what /metrics shows.
+
+        Serving thread only: it reads live queues.
+        """
         scheduler = self.requests.scheduler
-        self._latest_load = {
+        load = {
             "worker": self.settings.name,
             "role": self.settings.role,
             "free_blocks": scheduler.allocator.num_free,
@@ -158,9 +161,11 @@ class AttentionWorker:
             "sequences": len(scheduler.all()),
             "waiting": len(scheduler.waiting),
             "waiting_tokens": scheduler.num_waiting_tokens,
-            "counters": self._counters(),
         }
-        return self._latest_load
+        if with_counters:
+            load["counters"] = self._counters()
+        self._latest_load = self._latest_load | load
+        return load
 
     def _counters(self) -> dict[str, float]:
         return dict(self.requests.counters) | self._cache_counters() | self._draft_counters() | self._hop_counters()
@@ -252,7 +257,7 @@ class AttentionWorker:
 
     def _broadcast_load(self) -> None:
         assert self.endpoint is not None
-        self.endpoint.broadcast("front", Kind.LOAD, pack({"load": self.load()}))
+        self.endpoint.broadcast("front", Kind.LOAD, pack({"load": self.load(True)}))
 
 
 def dial_targets(name: str, role: Role, view: ClusterView) -> list[WorkerInfo]:

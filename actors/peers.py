@@ -14,9 +14,12 @@ log = logging.getLogger(__name__)
 
 
 class Peers:
-    """One life of each peer: it is known from `Opened` on, and until it is closed or comes back."""
+    """One life of each peer: it is known from `Opened` on, and until it is closed or comes back.
 
-    def __init__(self, describe_load: Callable[[], dict[str, Any]]) -> None:
+    `describe_load` tells of room and queues, and of all counters when it is given True.
+    """
+
+    def __init__(self, describe_load: Callable[[bool], dict[str, Any]]) -> None:
         self._describe_load = describe_load
         self._links: dict[str, Link] = {}
         self.outbox: dict[str, list[TokenItem]] = {}
@@ -30,7 +33,7 @@ class Peers:
         old = self._links.get(link.peer.name)
         self._links[link.peer.name] = link
         if link.peer.role == "front":
-            self.send(link, Kind.LOAD, pack({"load": self._describe_load()}))
+            self.send(link, Kind.LOAD, pack({"load": self._describe_load(True)}))
         return old
 
     def remove(self, name: str) -> None:
@@ -54,10 +57,10 @@ class Peers:
         self.outbox.setdefault(front, []).append(item)
 
     def flush(self) -> None:
-        """One message per front end and step (DESIGN section 4)."""
+        """One message per front end and step (DESIGN section 4), with counters where a request ends."""
         if not self.outbox:
             return
-        load = self._describe_load()
+        load = self._describe_load(any(item.finish for items in self.outbox.values() for item in items))
         outbox, self.outbox = self.outbox, {}
         for front, items in outbox.items():
             link = self.link_to(front)

@@ -98,7 +98,7 @@ class Admission:
     def report(self, load: dict[str, Any]) -> None:
         worker = self.workers.get(load["worker"])
         if worker is not None:
-            worker.load = load
+            worker.load = (worker.load or {}) | load  # counters come with some reports only
             worker.ledger.total_blocks = load["total_blocks"]
             worker.ledger.reported_free = load["free_blocks"]
 

@@ -54,7 +54,7 @@ PING_TIMEOUT_S = 5.0
 STATUS_PATIENCE_S = 1.0
 APPLY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
-LONG_POLL_S = 1.0
+LONG_POLL_S = 30.0
 LEAVE_AFTER_S = 1.0
 
 
@@ -77,6 +77,7 @@ class Controller:
         self.fronts: dict[str, dict[str, Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._published = asyncio.Event()
         self._ended = asyncio.Event()
 
     # --- what others ask ---
@@ -92,10 +93,11 @@ class Controller:
             raise StartFailed(self.state.failure or "it was asked to stop while starting")
         return await self.status()
 
-    async def view(self, known_epoch: int) -> ClusterView | None:
-        """The current view if it is newer, else None after a second at most: a long poll."""
+    async def view(self, known_epoch: int, patience_s: float = LONG_POLL_S) -> ClusterView | None:
+        """The current view if it is newer, or the next one; None after `patience_s` at most: a long poll."""
         if self.state.view is None or self.state.view.epoch <= known_epoch:
-            await self._next_change(LONG_POLL_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._published.wait(), patience_s)
         view = self.state.view
         return view if view is not None and view.epoch > known_epoch else None
 
@@ -138,7 +140,8 @@ class Controller:
             case TearDown():
                 self._spawn(self._tear_down())
             case Publish():
-                pass  # fronts read state.view
+                self._published.set()
+                self._published = asyncio.Event()
 
     async def _place(self, pool: PoolPlan) -> None:
         try:
@@ -272,6 +275,5 @@ class Controller:
             log.exception("a defect in the controller")
             self._handle(Defect(self.clock(), in_words(error)))
 
-    async def _next_change(self, timeout_s: float | None = None) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+    async def _next_change(self) -> None:
+        await self._changed.wait()

@@ -154,7 +154,7 @@ class WireFront:
 
     def _hear(self, event: Received) -> None:
         body = unpack(event.message.meta)
-        self.loads[event.link.peer.name] = body["load"]
+        self.loads[event.link.peer.name] = self.loads.get(event.link.peer.name, {}) | body["load"]
         for item in body.get("items", []):
             answer = self.answers[item["id"]]
             for offset, token in enumerate(item["token_ids"]):

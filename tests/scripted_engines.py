@@ -135,7 +135,7 @@ class Worker:
             layer.fill_(torch.nan)
         self.scheduler = Scheduler(BlockAllocator(blocks), 4, 48, max_waiting)
         self.requests = Requests(
-            name, CONFIG, cache, self.scheduler, Tracer(), lambda: {"worker": name}, kv_checksums=True
+            name, CONFIG, cache, self.scheduler, Tracer(), lambda _: {"worker": name}, kv_checksums=True
         )
         self.model, self.experts = ScriptedModel(cache), ScriptedExperts()
         self.engine = Engine(CONFIG, cast(DeepSeekModel, self.model), self.experts, self.requests)

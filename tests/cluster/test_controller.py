@@ -30,7 +30,7 @@ def test_up_reports_and_view_feeds_the_fronts() -> None:
         view = await controller.view(0)
         assert view is not None
         assert view.epoch == 1
-        assert await controller.view(1) is None
+        assert await controller.view(1, 0.1) is None
         assert launcher.workers["decode-0"].views == [view]
         assert launcher.workers["expert-1"].settings.expert_ids == tuple(range(8))
         assert launcher.workers["decode-0"].settings.num_threads == 1
