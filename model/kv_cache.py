@@ -72,15 +72,15 @@ class BlockAllocator:
             self._holders[block] = 1
         return blocks
 
-    def allocate_after(self, keys: Sequence[bytes], count: int) -> tuple[list[int], int]:
+    def allocate_after(self, keys: Sequence[bytes], count: int, spare: int = 0) -> tuple[list[int], int]:
         """`count` blocks, the first of which are those published under the first `keys`, and how many these are.
 
-        Raises OutOfBlocks, having changed nothing.
+        Raises OutOfBlocks, having changed nothing, when fewer than `spare` could be had afterwards.
         """
         shared = self._published(keys)
         num_fresh = count - len(shared)
         assert num_fresh >= 0, f"{len(shared)} blocks are published and {count} wanted"
-        if num_fresh > self.num_free - sum(not self._holders[block] for block in shared):
+        if num_fresh + spare > self.num_free - sum(not self._holders[block] for block in shared):
             raise OutOfBlocks(f"{num_fresh} KV blocks wanted, {self.num_free} of {self.num_total} free")
         for block in shared:
             self._holders[block] += 1

@@ -88,6 +88,18 @@ def test_the_newest_is_preempted_and_comes_back_with_the_same_tokens() -> None:
     assert_undisturbed(worker, *sequences)
 
 
+def test_a_newcomer_leaves_room_to_those_who_decode() -> None:
+    worker = ScheduledWorker.of(8, max_batch_tokens=200)
+    first = [submit(worker, name, [number] * 70, max_tokens=20) for number, name in enumerate("ab")]
+    worker.step()
+    late = submit(worker, "late", [3] * 200, max_tokens=20)  # 4 blocks are left, and these are what it needs
+    worker.step()
+    assert late.state == "waiting"
+    worker.run()
+    assert worker.scheduler.counters["preemptions"] == 0
+    assert_undisturbed(worker, *first, late)
+
+
 def test_a_replay_runs_in_few_steps_and_sends_nothing_twice() -> None:
     worker = ScheduledWorker.of(8, max_batch_tokens=128)
     first = submit(worker, "first", LONG[:100], max_tokens=300)

@@ -94,6 +94,8 @@ def test_a_hit_does_not_count_as_room() -> None:
     allocator.free(blocks[:1])
     with pytest.raises(OutOfBlocks, match="1 KV blocks wanted, 1 of 3 free"):
         allocator.allocate_after([b"a"], 2)
+    with pytest.raises(OutOfBlocks, match="0 KV blocks wanted, 1 of 3 free"):
+        allocator.allocate_after([b"a"], 1, spare=1)
     assert (allocator.num_free, allocator.num_idle) == (1, 1)
     allocator.check([blocks[1:]])
 
