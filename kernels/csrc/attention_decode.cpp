@@ -74,6 +74,26 @@ inline __m512 add_up(const __m512 (&sums)[16]) {
                          _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 }
 
+// What comes next is brought to the L2 cache while the values of a tile, which are there already, are summed up.
+struct Prefetch {
+    const char* next;
+    const char* end;
+
+    template <int LINES>
+    void some_lines() {
+        if (next >= end) return;
+        for (int line = 0; line < LINES; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T1);
+        next += LINES * 64;
+    }
+};
+
+// What one split came to, for each of some heads.
+struct SplitResult {
+    float* highest;  // scores
+    float* totals;   // of weights
+    float* sums;     // [heads, padded_values], in the order of `LaneGroup::add_values`
+};
+
 // Some heads of one row: the queries that go through a tile together. Vectors hold 16 / HEADS keys of HEADS heads each.
 template <class T, int HEADS>
 class LaneGroup {
@@ -102,32 +122,33 @@ class LaneGroup {
     static ptrdiff_t padded_dim(const Decode& decode) { return round_up(decode.latent_dim, Op::WIDTH); }
 
     // keys: the tile's first latent; count: how many of the tile's keys this row sees.
-    void add_tile(const Decode& decode, const T* keys, int count, const T* next_tile) {
+    void add_tile(const Decode& decode, const T* keys, int count, Prefetch next) {
         alignas(64) float scores[TILE * HEADS];
         const int vectors = (count + KEYS - 1) / KEYS;
         for (int i = 0; i < vectors; ++i) {
             const T* of_key[KEYS];
             for (int key = 0; key < KEYS; ++key)
                 of_key[key] = keys + std::min(i * KEYS + key, count - 1) * ptrdiff_t(decode.latent_dim);
-            _mm512_store_ps(scores + i * LANES, score(decode, of_key));
+            _mm512_store_ps(scores + i * LANES, score(decode, of_key, next));
         }
         alignas(64) float keep[LANES];
         alignas(64) int32_t weights[TILE * HEADS / Op::PER_DWORD];
         weigh(decode, scores, vectors, count, keep, weights);
         const int whole = decode.value_dim / (2 * LANES) * (2 * LANES);
         for (int value = 0; value < whole; value += 2 * LANES)
-            add_values<false>(decode, keys, count, value, keep, weights, next_tile);
-        if (whole < decode.value_dim) add_values<true>(decode, keys, count, whole, keep, weights, next_tile);
+            add_values<false>(decode, keys, count, value, keep, weights, next);
+        if (whole < decode.value_dim) add_values<true>(decode, keys, count, whole, keep, weights, next);
         is_first_ = false;
     }
 
-    void finish(float* highest, float* total) const {  // [HEADS] each
+    void finish(int heads, ptrdiff_t padded_values, const SplitResult& to) const {
         __m512 sum = load(totals_[0]);
         if (HEADS == 8) sum = _mm512_add_ps(sum, load(totals_[1]));
         else sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4e));
         sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, HEADS == 8 ? 0x4e : 0xb1));
-        store(total, sum, first_lanes(HEADS));
-        std::copy_n(highest_, HEADS, highest);
+        store(to.totals, sum, first_lanes(heads));
+        std::copy_n(highest_, heads, to.highest);
+        std::copy_n(sums_, heads * padded_values, to.sums);
     }
 
     int row() const { return row_; }
@@ -135,12 +156,13 @@ class LaneGroup {
 
   private:
     // Lane key * HEADS + head: the product of that head's query with that key.
-    __m512 score(const Decode& decode, const T* const (&of_key)[KEYS]) const {
+    __m512 score(const Decode& decode, const T* const (&of_key)[KEYS], Prefetch& next) const {
         __m512 sums[LANES];
         for (auto& sum : sums) sum = _mm512_setzero_ps();
         const ptrdiff_t size = decode.latent_dim, padded = padded_dim(decode);
         const ptrdiff_t whole = size / Op::WIDTH * Op::WIDTH;
         for (ptrdiff_t d = 0; d < whole; d += Op::WIDTH) {
+            next.some_lines<1>();
             __m512i latent[KEYS];
             for (int key = 0; key < KEYS; ++key) latent[key] = Op::load(of_key[key] + d);
 #pragma GCC unroll 8
@@ -208,20 +230,15 @@ class LaneGroup {
     // 8i+7: that is how two keys' values come out of the cheapest interleaving; `merge_splits` sorts them.
     template <bool IS_TAIL>
     void add_values(const Decode& decode, const T* keys, int count, int value, const float* keep,
-                    const int32_t* weights, const T* next_tile) {
+                    const int32_t* weights, Prefetch& next) {
         const ptrdiff_t padded = decode.padded_values(), stride = decode.latent_dim;
         const int rest = decode.value_dim - value;
         __m512 sums[HEADS][2];
-#pragma GCC unroll 8
-        for (int head = 0; head < HEADS; ++head) {
-            float* const at = sums_ + head * padded + value;
-            const __m512 factor = _mm512_set1_ps(keep[head]);
-            for (int i = 0; i < 2; ++i)
-                sums[head][i] = is_first_ ? _mm512_setzero_ps() : _mm512_mul_ps(_mm512_load_ps(at + i * LANES), factor);
-        }
+        for (auto& of_head : sums) of_head[0] = of_head[1] = _mm512_setzero_ps();
         const T* of_key = keys + value;
         const int steps = (count + Op::PER_DWORD - 1) / Op::PER_DWORD;
         for (int step = 0; step < steps; ++step, of_key += Op::PER_DWORD * stride, weights += HEADS) {
+            next.some_lines<2>();
             __m512i latent[2];
             if constexpr (Op::PER_DWORD == 1) {
                 latent[0] = IS_TAIL ? Op::load_first(of_key, rest) : Op::load(of_key);
@@ -243,9 +260,14 @@ class LaneGroup {
             }
         }
 #pragma GCC unroll 8
-        for (int head = 0; head < HEADS; ++head)
-            for (int i = 0; i < 2; ++i) _mm512_store_ps(sums_ + head * padded + value + i * LANES, sums[head][i]);
-        (void)next_tile;
+        for (int head = 0; head < HEADS; ++head) {
+            const __m512 factor = _mm512_set1_ps(keep[head]);
+            for (int i = 0; i < 2; ++i) {
+                float* const at = sums_ + head * padded + value + i * LANES;
+                const __m512 sum = sums[head][i];
+                _mm512_store_ps(at, is_first_ ? sum : _mm512_fmadd_ps(_mm512_load_ps(at), factor, sum));
+            }
+        }
     }
 
     float highest_[LANES];
@@ -258,15 +280,11 @@ class LaneGroup {
 
 // Consecutive rows of one sequence, which run over its cache together, and where their splits' results stand.
 struct RowGroup {
-    int first_row, rows, splits;
+    int first_row, rows;
+    int splits;               // of the row that has the most
+    int longest;              // that row
+    int first_item;           // one for each split
     ptrdiff_t first_partial;  // of the first row; one for each (row, split)
-};
-
-// The result of one split for the heads of one row: highest score, total weight, weighted sums.
-struct Partials {
-    float* highest;  // [(row, split), heads]
-    float* totals;
-    float* sums;  // [(row, split), heads, padded_values]
 };
 
 bool share_a_sequence(const Decode& decode, int row, int other) {
@@ -277,153 +295,170 @@ bool share_a_sequence(const Decode& decode, int row, int other) {
     return true;
 }
 
-std::vector<RowGroup> group_rows(const Decode& decode, int most_rows) {
+std::vector<RowGroup> group_rows(const Decode& decode) {
+    const int most_rows = std::max(MAX_SHARING / ((decode.heads + 7) / 8), 1);
     std::vector<RowGroup> groups;
+    int items = 0;
     ptrdiff_t partials = 0;
     for (int row = 0; row < decode.rows; ++row) {
         const int splits = num_splits(decode.positions[row]);
-        const bool joins = !groups.empty() && groups.back().rows < most_rows && share_a_sequence(decode, row - 1, row);
-        if (joins) {
-            ++groups.back().rows;
-            groups.back().splits = std::max(groups.back().splits, splits);
-        } else {
-            groups.push_back({row, 1, splits, partials});
-        }
+        if (groups.empty() || groups.back().rows == most_rows || !share_a_sequence(decode, row - 1, row))
+            groups.push_back({row, 0, 0, row, items, partials});
+        RowGroup& group = groups.back();
+        group.rows += 1;
+        if (decode.positions[row] > decode.positions[group.longest]) group.longest = row;
+        items += std::max(splits - group.splits, 0);
+        group.splits = std::max(group.splits, splits);
         partials += splits;
     }
     return groups;
 }
 
+// One call: its items are (group of rows, split), and each may be cut between heads.
 template <class T>
-void merge_splits(const Decode& decode, const Partials& partials, int row, ptrdiff_t first_partial, int first_head,
-                  int heads) {
-    const int splits = num_splits(decode.positions[row]);
-    const ptrdiff_t padded = decode.padded_values();
-    float factors[MAX_SPLITS];
-    for (int head = first_head; head < first_head + heads; ++head) {
-        const ptrdiff_t first = first_partial * decode.heads + head;
-        float highest = LOWEST, total = 0;
-        for (int i = 0; i < splits; ++i) highest = std::max(highest, partials.highest[first + i * decode.heads]);
-        for (int i = 0; i < splits; ++i) {
-            const __m512 difference = _mm512_set1_ps(partials.highest[first + i * decode.heads] - highest);
-            factors[i] = _mm512_cvtss_f32(exp(difference));
-            total += factors[i] * partials.totals[first + i * decode.heads];
-        }
-        const __m512 divisor = _mm512_set1_ps(total);
-        T* const out = static_cast<T*>(decode.out) + row * decode.out_row_stride + head * decode.out_head_stride;
-        for (int value = 0; value < decode.value_dim; value += 2 * LANES) {
-            __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-            for (int i = 0; i < splits; ++i) {
-                const float* const at = partials.sums + (first + i * decode.heads) * padded + value;
-                const __m512 factor = _mm512_set1_ps(factors[i]);
-                for (int j = 0; j < 2; ++j) sums[j] = _mm512_fmadd_ps(_mm512_load_ps(at + j * LANES), factor, sums[j]);
-            }
-            if constexpr (Operand<T>::PER_DWORD == 2) {  // see `add_values`
-                const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-                const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-                const __m512 first_half = _mm512_permutex2var_ps(sums[0], low, sums[1]);
-                sums[1] = _mm512_permutex2var_ps(sums[0], high, sums[1]);
-                sums[0] = first_half;
-            }
-            for (int j = 0; j < 2; ++j)
-                if (value + j * LANES < decode.value_dim)
-                    store(out + value + j * LANES, _mm512_div_ps(sums[j], divisor),
-                          first_lanes(decode.value_dim - value - j * LANES));
-        }
+class DecodeCall {
+  public:
+    explicit DecodeCall(const Decode& decode)
+        : decode_(decode), groups_(group_rows(decode)), unfinished_(groups_.size()) {
+        thread_local Workspace room;
+        const RowGroup& last = groups_.back();
+        ptrdiff_t heads = last.first_partial;
+        for (int row = last.first_row; row < decode.rows; ++row) heads += num_splits(decode.positions[row]);
+        heads *= decode.heads;
+        sums_ = room.room<float>(heads * (decode.padded_values() + 2));
+        highest_ = sums_ + heads * decode.padded_values();
+        totals_ = highest_ + heads;
+        // A short sequence is cut between its heads too where threads would be idle otherwise.
+        const int items = last.first_item + last.splits;
+        width_ = decode.heads <= 4 || (decode.heads <= 8 && items < num_threads()) ? 4 : 8;
+        const int lane_groups = (decode.heads + width_ - 1) / width_;
+        const int parts = std::clamp(num_threads() / items, 1, lane_groups);
+        part_heads_ = (lane_groups + parts - 1) / parts * width_;
+        parts_ = (decode.heads + part_heads_ - 1) / part_heads_;
+        for (size_t i = 0; i < groups_.size(); ++i) unfinished_[i] = groups_[i].splits * parts_;
+        parallel_for(items * parts_, [&](int chunk) { run(chunk); });
     }
-}
 
-// Heads first_head .. first_head + num_heads - 1 of a group's rows over one split.
-template <class T, int HEADS>
-void attend_split(const Decode& decode, const Partials& partials, const RowGroup& group, int split, int first_head,
-                  int num_heads) {
-    const int num_lane_groups = group.rows * ((num_heads + HEADS - 1) / HEADS);
-    const ptrdiff_t padded_dim = LaneGroup<T, HEADS>::padded_dim(decode), padded_values = decode.padded_values();
-    thread_local Workspace queries, all_sums;
-    thread_local std::vector<LaneGroup<T, HEADS>> lane_groups;
-    T* const query_room = queries.room<T>(num_lane_groups * HEADS * padded_dim);
-    float* const sums_room = all_sums.room<float>(num_lane_groups * HEADS * padded_values);
-    lane_groups.resize(num_lane_groups);
-    int started = 0;
-    for (int row = group.first_row; row < group.first_row + group.rows; ++row)
-        for (int head = first_head; head < first_head + num_heads; head += HEADS, ++started)
-            lane_groups[started].start(decode, row, head, query_room + started * HEADS * padded_dim,
-                                       sums_room + started * HEADS * padded_values);
-    const int64_t length = split_length(decode.positions[group.first_row]);
-    int64_t last = 0;
-    for (int row = group.first_row; row < group.first_row + group.rows; ++row)
-        last = std::max(last, decode.positions[row]);
-    const int64_t end = std::min((split + 1) * length, last + 1);
-    const int longest = static_cast<int>(
-        std::max_element(decode.positions + group.first_row, decode.positions + group.first_row + group.rows) -
-        decode.positions);
-    const ptrdiff_t tile_size = ptrdiff_t(TILE) * decode.latent_dim;
-    const T* const cache = static_cast<const T*>(decode.cache);
-    for (int64_t first_key = split * length; first_key < end; first_key += TILE) {
-        const T* const keys = cache + decode.block(longest, first_key / TILE) * tile_size;
-        const T* const next =
-            first_key + TILE < end ? cache + decode.block(longest, first_key / TILE + 1) * tile_size : keys;
-        for (auto& lane_group : lane_groups) {
-            const int64_t seen = decode.positions[lane_group.row()] + 1 - first_key;
-            if (seen > 0) lane_group.add_tile(decode, keys, static_cast<int>(std::min<int64_t>(seen, TILE)), next);
-        }
+  private:
+    void run(int chunk) {
+        const int index = group_of(chunk / parts_), split = chunk / parts_ - groups_[index].first_item;
+        if (width_ == 4) attend<4>(groups_[index], split, chunk);
+        else attend<8>(groups_[index], split, chunk);
+        if (unfinished_[index].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+        ptrdiff_t partial = groups_[index].first_partial;
+        for (int i = 0; i < groups_[index].rows; ++i) partial += merge_splits(groups_[index].first_row + i, partial);
     }
-    for (int i = 0; i < num_lane_groups; ++i) {
-        const int row = lane_groups[i].row(), head = lane_groups[i].first_head();
-        if (decode.positions[row] < split * length) continue;
+
+    int group_of(int item) const {
+        const auto after = std::upper_bound(groups_.begin(), groups_.end(), item,
+                                            [](int it, const RowGroup& group) { return it < group.first_item; });
+        return static_cast<int>(after - groups_.begin()) - 1;
+    }
+
+    // Keys first_key .. of a tile, as far as any of the group's rows sees them.
+    Prefetch tile(const RowGroup& group, int64_t first_key) const {
+        const int64_t keys = std::min<int64_t>(TILE, decode_.positions[group.longest] + 1 - first_key);
+        const T* const from = static_cast<const T*>(decode_.cache) +
+                              decode_.block(group.longest, first_key / TILE) * TILE * decode_.latent_dim;
+        return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + keys * decode_.latent_dim)};
+    }
+
+    // The tile that this thread will probably begin with after `chunk`.
+    Prefetch first_tile_after(int chunk) const {
+        const int item = (chunk + num_threads()) / parts_;
+        if (item >= groups_.back().first_item + groups_.back().splits) return {};
+        const RowGroup& group = groups_[group_of(item)];
+        return tile(group, (item - group.first_item) * split_length(decode_.positions[group.longest]));
+    }
+
+    template <int HEADS>
+    void attend(const RowGroup& group, int split, int chunk) {
+        thread_local Workspace queries, all_sums;
+        thread_local std::vector<LaneGroup<T, HEADS>> lane_groups;
+        const int first_head = chunk % parts_ * part_heads_;
+        const int end_head = std::min(first_head + part_heads_, decode_.heads);
+        const ptrdiff_t padded_dim = HEADS * LaneGroup<T, HEADS>::padded_dim(decode_);
+        const ptrdiff_t padded_values = HEADS * decode_.padded_values();
+        lane_groups.resize(group.rows * ((end_head - first_head + HEADS - 1) / HEADS));
+        T* q = queries.room<T>(lane_groups.size() * padded_dim);
+        float* sums = all_sums.room<float>(lane_groups.size() * padded_values);
+        auto starting = lane_groups.begin();
+        for (int row = group.first_row; row < group.first_row + group.rows; ++row)
+            for (int head = first_head; head < end_head; head += HEADS, q += padded_dim, sums += padded_values)
+                starting++->start(decode_, row, head, q, sums);
+
+        const int64_t length = split_length(decode_.positions[group.longest]);
+        const int64_t end = std::min((split + 1) * length, decode_.positions[group.longest] + 1);
+        for (int64_t first_key = split * length; first_key < end; first_key += TILE) {
+            const T* const keys = reinterpret_cast<const T*>(tile(group, first_key).next);
+            Prefetch next = first_key + TILE < end ? tile(group, first_key + TILE) : first_tile_after(chunk);
+            for (auto& lane_group : lane_groups) {
+                const int64_t seen = decode_.positions[lane_group.row()] + 1 - first_key;
+                if (seen <= 0) continue;
+                lane_group.add_tile(decode_, keys, static_cast<int>(std::min<int64_t>(seen, TILE)), next);
+                next = {};
+            }
+        }
         ptrdiff_t partial = group.first_partial + split;
-        for (int before = group.first_row; before < row; ++before) partial += num_splits(decode.positions[before]);
-        float highest[HEADS], totals[HEADS];
-        lane_groups[i].finish(highest, totals);
-        const int heads = std::min(HEADS, first_head + num_heads - head);
-        const ptrdiff_t to = partial * decode.heads + head;
-        std::memcpy(partials.highest + to, highest, heads * sizeof(float));
-        std::memcpy(partials.totals + to, totals, heads * sizeof(float));
-        std::memcpy(partials.sums + to * padded_values, sums_room + i * HEADS * padded_values,
-                    heads * padded_values * sizeof(float));
+        for (size_t i = 0; i < lane_groups.size(); ++i) {
+            const int row = lane_groups[i].row();
+            if (decode_.positions[row] >= split * length)
+                lane_groups[i].finish(std::min(HEADS, end_head - lane_groups[i].first_head()), decode_.padded_values(),
+                                      at(partial, lane_groups[i].first_head()));
+            const bool is_last_of_row = i + 1 == lane_groups.size() || lane_groups[i + 1].row() != row;
+            if (is_last_of_row) partial += num_splits(decode_.positions[row]);
+        }
     }
-}
 
-template <class T>
-void decode_all(const Decode& decode) {
-    static Workspace room;  // as only one thread of a process calls parallel_for
-    const int lane_groups = (decode.heads + 7) / 8;
-    const std::vector<RowGroup> groups = group_rows(decode, std::max(MAX_SHARING / lane_groups, 1));
-    const RowGroup& last = groups.back();
-    ptrdiff_t num_partials = last.first_partial;
-    for (int row = last.first_row; row < decode.rows; ++row) num_partials += num_splits(decode.positions[row]);
-    const ptrdiff_t heads = num_partials * decode.heads, padded = decode.padded_values();
-    float* const memory = room.room<float>(heads * padded + 2 * heads);
-    const Partials partials{memory + heads * padded, memory + heads * padded + heads, memory};
+    SplitResult at(ptrdiff_t partial, int head) const {
+        const ptrdiff_t place = partial * decode_.heads + head;
+        return {highest_ + place, totals_ + place, sums_ + place * decode_.padded_values()};
+    }
 
-    std::vector<int> first_item{0};
-    for (const RowGroup& group : groups) first_item.push_back(first_item.back() + group.splits);
-    // A lone short sequence is cut between its heads too, so that every thread has some.
-    const int items = first_item.back();
-    const int width = items < num_threads() && decode.heads <= 8 ? 4 : decode.heads <= 4 ? 4 : 8;
-    const int parts = std::min((decode.heads + width - 1) / width, std::max(num_threads() / items, 1));
-    const int heads_of_part = static_cast<int>(round_up((decode.heads + parts - 1) / parts, width));
-    std::vector<std::atomic<int>> unfinished(groups.size());
-    for (size_t i = 0; i < groups.size(); ++i) unfinished[i] = groups[i].splits * parts;
-
-    parallel_for(items * parts, [&](int chunk) {
-        const int item = chunk / parts, first_head = chunk % parts * heads_of_part;
-        const int index =
-            static_cast<int>(std::upper_bound(first_item.begin(), first_item.end(), item) - first_item.begin()) - 1;
-        const RowGroup& group = groups[index];
-        const int split = item - first_item[index], num_heads = std::min(heads_of_part, decode.heads - first_head);
-        if (num_heads > 0) {
-            if (width == 4) attend_split<T, 4>(decode, partials, group, split, first_head, num_heads);
-            else attend_split<T, 8>(decode, partials, group, split, first_head, num_heads);
+    // The splits of a row, the first of which is at `first`, in ascending order; returns how many there were.
+    int merge_splits(int row, ptrdiff_t first) const {
+        const int splits = num_splits(decode_.positions[row]);
+        for (int head = 0; head < decode_.heads; ++head) {
+            float highest = LOWEST, total = 0, factors[MAX_SPLITS];
+            for (int i = 0; i < splits; ++i) highest = std::max(highest, *at(first + i, head).highest);
+            for (int i = 0; i < splits; ++i) {
+                factors[i] = _mm512_cvtss_f32(exp(_mm512_set1_ps(*at(first + i, head).highest - highest)));
+                total += factors[i] * *at(first + i, head).totals;
+            }
+            T* const out = static_cast<T*>(decode_.out) + row * decode_.out_row_stride + head * decode_.out_head_stride;
+            for (int value = 0; value < decode_.value_dim; value += 2 * LANES) {
+                __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+                for (int i = 0; i < splits; ++i) {
+                    const float* const from = at(first + i, head).sums + value;
+                    const __m512 factor = _mm512_set1_ps(factors[i]);
+                    for (int j = 0; j < 2; ++j) sums[j] = _mm512_fmadd_ps(load(from + j * LANES), factor, sums[j]);
+                }
+                store_values(sums, total, out + value, decode_.value_dim - value);
+            }
         }
-        if (unfinished[index].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-        ptrdiff_t partial = group.first_partial;
-        for (int row = group.first_row; row < group.first_row + group.rows; ++row) {
-            merge_splits<T>(decode, partials, row, partial, 0, decode.heads);
-            partial += num_splits(decode.positions[row]);
+        return splits;
+    }
+
+    static void store_values(__m512 (&sums)[2], float total, T* out, int count) {
+        if constexpr (Operand<T>::PER_DWORD == 2) {  // see `add_values`
+            const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            const __m512 first_half = _mm512_permutex2var_ps(sums[0], low, sums[1]);
+            sums[1] = _mm512_permutex2var_ps(sums[0], high, sums[1]);
+            sums[0] = first_half;
         }
-    });
-}
+        store(out, _mm512_div_ps(sums[0], _mm512_set1_ps(total)), first_lanes(count));
+        if (count > LANES)
+            store(out + LANES, _mm512_div_ps(sums[1], _mm512_set1_ps(total)), first_lanes(count - LANES));
+    }
+
+    const Decode& decode_;
+    const std::vector<RowGroup> groups_;
+    std::vector<std::atomic<int>> unfinished_;  // chunks of each group
+    int width_, parts_, part_heads_;            // heads of a lane group; how an item is cut between heads
+    float *highest_, *totals_;                  // [(row, split), heads]
+    float* sums_;                               // [(row, split), heads, padded_values]
+};
 
 PyObject* py_mla_decode(PyObject*, PyObject* const* values, Py_ssize_t count) {
     Arguments arguments(values, count);
@@ -448,8 +483,8 @@ PyObject* py_mla_decode(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!arguments.finish()) return nullptr;
     if (decode.rows > 0) {
         WithoutGil without_gil;
-        if (element_size == 2) decode_all<bf16>(decode);
-        else decode_all<float>(decode);
+        if (element_size == 2) DecodeCall<bf16>{decode};
+        else DecodeCall<float>{decode};
     }
     Py_RETURN_NONE;
 }

@@ -205,19 +205,20 @@ template <class T>
         for (int i = 0; i < 4; ++i) _mm512_storeu_ps(scores + row * TILE + i * LANES, sums[row][i]);
 }
 
-// sums: [ROWS, 16 * VECTORS] with a stride, first shrunk by `keep` (not read if is_first), plus weights times values.
+// sums: [ROWS, 16 * VECTORS] with a stride, shrunk by `keep` (not read if is_first), plus weights times values.
 template <class T, int VECTORS>
 [[gnu::noinline]] void add_values(const int32_t* weights, const int32_t* values, ptrdiff_t stride, int steps,
                                   const float* keep, bool is_first, float* to) {
     __m512 sums[ROWS][VECTORS];
-    for (int row = 0; row < ROWS; ++row)
-        for (int i = 0; i < VECTORS; ++i)
-            sums[row][i] =
-                is_first ? _mm512_setzero_ps()
-                         : _mm512_mul_ps(_mm512_loadu_ps(to + row * stride + i * LANES), _mm512_set1_ps(keep[row]));
+    for (auto& row : sums)
+        for (auto& sum : row) sum = _mm512_setzero_ps();
     multiply<T>(sums, weights, TILE / Operand<T>::PER_DWORD, values, stride, steps);
     for (int row = 0; row < ROWS; ++row)
-        for (int i = 0; i < VECTORS; ++i) _mm512_storeu_ps(to + row * stride + i * LANES, sums[row][i]);
+        for (int i = 0; i < VECTORS; ++i) {
+            float* const at = to + row * stride + i * LANES;
+            const __m512 sum = sums[row][i];
+            _mm512_storeu_ps(at, is_first ? sum : _mm512_fmadd_ps(_mm512_loadu_ps(at), _mm512_set1_ps(keep[row]), sum));
+        }
 }
 
 // One row's scores of a tile, of which it sees the first `seen` of `computed`, to weights; returns the factor by which
@@ -361,7 +362,7 @@ void attend(const Prefill<T>& call, const Layout<T>& layout, const Stretch<T>& s
 
 template <class T>
 void prefill(const Prefill<T>& call) {
-    static Workspace memory[7];  // as only one thread of a process calls parallel_for
+    thread_local Workspace memory[7];
     const Layout<T> layout(call);
     const ptrdiff_t states = ptrdiff_t(layout.padded_rows) * call.heads;
     Stretch<T> stretch;
