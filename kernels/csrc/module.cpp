@@ -1,5 +1,6 @@
 // The module `braid.kernels._native`: the kernels' functions, and what this CPU can run of them.
 #include "arguments.hpp"
+#include "tape.hpp"
 
 extern const PyMethodDef attention_decode_methods[];
 extern const PyMethodDef attention_prefill_methods[];
@@ -8,6 +9,7 @@ extern const PyMethodDef gate_methods[];
 extern const PyMethodDef linear_methods[];
 extern const PyMethodDef pool_methods[];
 extern const PyMethodDef rows_methods[];
+extern const PyMethodDef tape_methods[];
 
 namespace {
 
@@ -26,8 +28,9 @@ const PyMethodDef feature_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-const PyMethodDef* const ALL[] = {feature_methods, attention_decode_methods, attention_prefill_methods, expert_methods,
-                                  gate_methods,    linear_methods,           pool_methods,              rows_methods};
+const PyMethodDef* const PLAIN[] = {feature_methods, pool_methods, tape_methods};
+const PyMethodDef* const KERNELS[] = {attention_decode_methods, attention_prefill_methods, expert_methods,
+                                      gate_methods,             linear_methods,            rows_methods};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
@@ -35,7 +38,9 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr
 
 PyMODINIT_FUNC PyInit__native() {
     PyObject* module = PyModule_Create(&definition);
-    for (const PyMethodDef* methods : ALL)
+    for (const PyMethodDef* methods : PLAIN)
         if (module && PyModule_AddFunctions(module, const_cast<PyMethodDef*>(methods)) != 0) Py_CLEAR(module);
+    for (const PyMethodDef* methods : KERNELS)
+        if (module && add_recordable(module, methods) != 0) Py_CLEAR(module);
     return module;
 }
