@@ -177,8 +177,7 @@ class AttentionWorker:
     def _draft_counters(self) -> dict[str, float]:
         if self.drafter is None:
             return {}
-        speculation = self.drafter.speculation
-        return {"drafted_tokens": speculation.num_drafted, "accepted_tokens": speculation.num_accepted}
+        return {"drafted_tokens": self.drafter.num_drafted, "accepted_tokens": self.drafter.num_accepted}
 
     def _hop_counters(self) -> dict[str, float]:
         if not isinstance(self.experts, RemoteExperts):

@@ -103,12 +103,15 @@ class Drafter:
         self.module = module
         self.experts = experts
         self.speculation = Speculation()
+        self.num_drafted = 0
+        self.num_accepted = 0
 
     def verified(self, sequence: Sequence, num_drafted: int, num_reached: int, num_accepted: int) -> None:
         """Of the drafts of one step, how many there were, were looked at before the sequence ended, and have stayed."""
         drafting = self._drafting(sequence)
-        drafting.num_drafted += num_drafted
-        drafting.num_accepted += num_accepted
+        for total in (self, drafting):
+            total.num_drafted += num_drafted
+            total.num_accepted += num_accepted
         self.speculation.verified(drafting.acceptance, num_reached, num_accepted)
 
     def run(self, computed: list[Computed], hidden: Tensor, num_decoding: int, on_layer: OnLayer | None) -> None:

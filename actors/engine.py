@@ -118,7 +118,9 @@ class Engine:
                     break
         except NothingToSample as error:  # ends this sequence, and no other of the batch
             failure = error
-        num_accepted = sum(token.token_id == draft for token, draft in zip(tokens, chunk.drafts, strict=False))
+        num_accepted = sum(
+            token.token_id == draft for token, draft in zip(tokens, chunk.drafts[:num_drafts], strict=False)
+        )
         if self.drafter is not None and chunk.drafts:
             self.drafter.verified(sequence, len(chunk.drafts), min(num_drafts, len(tokens)), num_accepted)
         if tokens:

@@ -91,8 +91,6 @@ class Speculation:
         self.acceptance = Acceptance(memory=64.0)
         self.verify_costs = Costs()
         self.draft_costs = Costs()
-        self.num_drafted = 0
-        self.num_accepted = 0
         self._depth = MAX_DEPTH
         self._seconds = [1.0] * (MAX_DEPTH + 1)
         self._wait, self._since_probe, self._probes_left = FIRST_PROBE, 0, 0
@@ -126,8 +124,6 @@ class Speculation:
         return Acceptance(list(self.acceptance.shares))
 
     def verified(self, own: Acceptance, num_drafted: int, num_accepted: int) -> None:
-        self.num_drafted += num_drafted
-        self.num_accepted += num_accepted
         own.observe(num_drafted, num_accepted)
         self.acceptance.observe(num_drafted, num_accepted)
 
