@@ -1,18 +1,19 @@
 """Who waits, who is placed where, and what this front end has reserved on which worker. Pure: time comes in as `now`.
 
-Placement is first come, first served: a request that does not fit yet keeps its place and those behind it wait too.
+Placement is in the queue's order (router/fair_queue.py): by priority, callers in turn, first come. A request that does
+not fit yet keeps its place, and those behind it wait too.
 The blocks reserved for a request are those it begins with. It grows on its worker, which preempts somebody when it has
 no more: until then `free_blocks` of the reports tells of the growth.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..actors.view import Role
+from ..router.fair_queue import FairQueue
 from ..router.placement import (
     DecodeCandidate,
     DecodeLedger,
@@ -38,12 +39,15 @@ class Ticket:
     num_prompt: int
     max_tokens: int
     prompt: Sequence[int] = ()
+    priority: int = 0
+    caller: str = ""
     keys: list[bytes] | None = None
     placement: Placement | None = None
     num_blocks: int = 0
     num_uncached: int = 0
     is_prefilled: bool = False
     is_seen: bool = False
+    is_back: bool = False
 
     @property
     def needs_decode(self) -> bool:
@@ -84,7 +88,16 @@ class Admission:
         self.max_waiting = max_waiting
         self.workers: dict[str, LinkedWorker] = {}
         self.prefixes = PrefixTable()
-        self.waiting: list[Ticket] = []
+        self._queue: FairQueue[Ticket] = FairQueue()
+
+    @property
+    def waiting(self) -> list[Ticket]:
+        """In the order in which they will be placed if nobody joins."""
+        return list(self._queue)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
 
     # ---- workers
 
@@ -130,23 +143,37 @@ class Admission:
 
     def join(self, ticket: Ticket, now: float) -> bool:
         """Places the ticket at once or lets it wait; False when the queue is full."""
-        if not self.waiting and self._place(ticket, now):
+        head = self._queue.peek()
+        if (head is None or ticket.priority < head.priority) and self._place(ticket, now):
             return True
-        if len(self.waiting) >= self.max_waiting:
+        if len(self._queue) >= self.max_waiting:
             return False
-        self.waiting.append(ticket)
+        self._queue.push(ticket, ticket.priority, ticket.caller)
         return True
+
+    def crowded_out(self, ticket: Ticket) -> Ticket | None:
+        """Who must leave a full queue for this one: the newest of a caller who has more there than its share."""
+        return self._queue.crowding_out(ticket.caller)
 
     def rejoin(self, ticket: Ticket) -> None:
         """Back to its old place in the queue, after a worker said "busy"."""
         self.release(ticket)
-        insort(self.waiting, ticket, key=lambda waiting: waiting.order)
+        ticket.is_back = True
+        earlier = [
+            other
+            for other in self._queue
+            if other.is_back and other.priority == ticket.priority and other.order < ticket.order
+        ]
+        for other in earlier:
+            self._queue.remove(other)
+        for one in [ticket, *sorted(earlier, key=lambda other: -other.order)]:
+            self._queue.put_back(one, one.priority, one.caller)
 
     def place_waiting(self, now: float) -> list[Ticket]:
         """Takes as many tickets off the head of the queue as fit now."""
         placed: list[Ticket] = []
-        while self.waiting and self._place(self.waiting[0], now):
-            placed.append(self.waiting.pop(0))
+        while (head := self._queue.peek()) is not None and self._place(head, now):
+            placed.append(self._queue.pop())
         return placed
 
     def note_token(self, ticket: Ticket, worker: str) -> None:
@@ -165,8 +192,8 @@ class Admission:
 
     def release(self, ticket: Ticket) -> None:
         """Takes the ticket out wherever it stands; a second time does nothing."""
-        if ticket in self.waiting:
-            self.waiting.remove(ticket)
+        if ticket in self._queue:
+            self._queue.remove(ticket)
         placement, ticket.placement = ticket.placement, None
         if placement is None:
             return

@@ -44,8 +44,10 @@ class Flight:
 
     def submit(self, name: str, front: str) -> Submit:
         assert self.ticket.placement is not None, f"{name} is submitted before it is placed"
-        prompt, params = list(self.request.prompt_ids), self.request.params.to_wire()
-        return Submit(name, prompt, self.ticket.placement.decode, params, self.carrier, self.deadline, front)
+        request, decode = self.request, self.ticket.placement.decode
+        prompt, params = list(request.prompt_ids), request.params.to_wire()
+        who = (request.priority, request.caller)
+        return Submit(name, prompt, decode, params, self.carrier, self.deadline, front, *who)
 
     def settle(self, finish: str, error: str | None, metrics: Metrics) -> None:
         """Ends the span and counts the request. `finish`: stop, length, cancelled or the code of a refusal."""

@@ -38,7 +38,7 @@ class FrontEnd:
         self.tokenizer = tokenizer
         self.tracer = tracer or Tracer()
         self.admission = Admission(settings.max_waiting)
-        self.metrics = Metrics(lambda: len(self.admission.waiting), self._loads)
+        self.metrics = Metrics(lambda: self.admission.num_waiting, self._loads)
         self._links: FrontLinks | None = None
         self._flights: dict[str, Flight] = {}  # placed, by the id of their attempt
         self._waiting: dict[Ticket, Flight] = {}
@@ -93,7 +93,7 @@ class FrontEnd:
             "name": self.settings.name,
             "ready": self.ready,
             "running": len(self._flights),
-            "waiting": len(self.admission.waiting),
+            "waiting": self.admission.num_waiting,
             "workers": self._loads(),
         }
 
@@ -115,7 +115,14 @@ class FrontEnd:
         span = request_span(self.tracer, self.settings, request)
         flight = Flight(
             request,
-            Ticket(next(self._numbers), len(request.prompt_ids), request.params.max_tokens, request.prompt_ids),
+            Ticket(
+                next(self._numbers),
+                len(request.prompt_ids),
+                request.params.max_tokens,
+                request.prompt_ids,
+                request.priority,
+                request.caller,
+            ),
             OutputStream(request.prompt_ids, request.params, request.stop, self.tokenizer.decoder()),
             span,
             self.tracer.carrier(span),
@@ -148,8 +155,12 @@ class FrontEnd:
             raise RequestRefused("invalid", never)
         self._pump()  # a queue that could move now is not full
         if not self.admission.join(flight.ticket, time.monotonic()):
-            told = f"{len(self.admission.waiting)} requests wait already (max_waiting): try again later"
-            raise RequestRefused("busy", told, RETRY_AFTER_S)
+            told = f"{self.admission.num_waiting} requests wait already (max_waiting): try again later"
+            crowd = self.admission.crowded_out(flight.ticket)
+            if crowd is None:
+                raise RequestRefused("busy", told, RETRY_AFTER_S)
+            self._refuse(self._waiting[crowd], "busy", told)
+            self.admission.join(flight.ticket, time.monotonic())
 
     def _pump_soon(self) -> None:
         if not self._is_pump_due:

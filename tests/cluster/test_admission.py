@@ -44,6 +44,40 @@ def test_first_come_first_served_even_when_a_later_one_would_fit() -> None:
     check_idle(admission)
 
 
+def test_a_better_priority_goes_first_and_callers_take_turns() -> None:
+    admission = admission_of(b="both")
+    big = Ticket(0, 440, 60)  # 7 of 8 blocks
+    admission.join(big, 0.0)
+    flood = [Ticket(place, 100, 10, caller="a") for place in (1, 2, 3)]
+    other, urgent = Ticket(4, 100, 10, caller="b"), Ticket(5, 100, 10, priority=-1)
+    small = Ticket(6, 10, 10, priority=-2)
+    for ticket in (*flood, other, urgent):
+        assert admission.join(ticket, 0.0)
+    assert admission.join(small, 0.0)
+    assert small.placement is not None, "it fits, and nobody of its priority waits"
+    assert admission.waiting == [urgent, flood[0], other, flood[1], flood[2]]
+    admission.release(big)
+    assert admission.place_waiting(0.0) == [urgent, flood[0], other]
+    for ticket in (urgent, flood[0]):
+        admission.rejoin(ticket)
+    assert admission.waiting == [urgent, flood[0], flood[1], flood[2]]
+    for ticket in (small, *admission.waiting, other):
+        admission.release(ticket)
+    check_idle(admission)
+
+
+def test_a_full_queue_lets_go_of_the_newest_of_whoever_floods_it() -> None:
+    admission = admission_of(max_waiting=3, b="both")
+    admission.join(Ticket(0, 440, 60), 0.0)
+    flood = [Ticket(place, 200, 10, caller="a") for place in (1, 2, 3)]
+    for ticket in flood:
+        assert admission.join(ticket, 0.0)
+    newcomer = Ticket(4, 200, 10, caller="b")
+    assert not admission.join(newcomer, 0.0)
+    assert admission.crowded_out(newcomer) is flood[2]
+    assert admission.crowded_out(Ticket(5, 200, 10, caller="a")) is None
+
+
 def test_only_those_who_must_wait_fill_the_queue() -> None:
     admission = admission_of(max_waiting=1, b="both")
     tickets = [Ticket(place, 100, 28) for place in range(6)]  # 2 of 8 blocks each

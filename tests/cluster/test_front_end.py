@@ -260,6 +260,24 @@ def test_waits_in_order_until_a_decode_worker_has_room(run_dir: Path, byte_token
     run(scenario())
 
 
+def test_who_floods_the_queue_is_the_one_to_be_refused(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
+    async def scenario() -> None:
+        worker = ScriptedWorker(run_dir, "both-0", free_blocks=0)
+        async with front_of(byte_tokenizer, worker, max_waiting=2) as front:
+            flood = [asyncio.create_task(gather(front, ask(max_tokens=5, caller="a"))) for _ in range(2)]
+            await until(lambda: front.load()["waiting"] == 2, "two waiting")
+            other = asyncio.create_task(gather(front, ask(max_tokens=6, caller="b", priority=3)))
+            with pytest.raises(RequestRefused, match="2 requests wait already"):
+                await flood[1]
+            worker.tell_load(free_blocks=64)
+            submits = [await submitted(worker) for _ in range(2)]
+            assert [(submit.caller, submit.priority) for submit in submits] == [("a", 0), ("b", 3)]
+            worker.say(*[TokenItem(submit.id, 0, [*b"x"], finish="length") for submit in submits])
+            assert [text_of(await answer) for answer in (flood[0], other)] == ["x", "x"]
+
+    run(scenario())
+
+
 def test_a_full_queue_answers_busy_at_once(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
     async def scenario() -> None:
         worker = ScriptedWorker(run_dir, "both-0", free_blocks=0)
