@@ -13,7 +13,7 @@ namespace braid {
 constexpr int PANEL = 64;      // outputs that are computed together: 4 vectors
 constexpr int TILE_ROWS = 6;   // rows that are: 24 of the 32 registers hold sums
 constexpr int BLOCK_ROWS = 96;  // rows of a chunk: their inputs stay in the L2 cache while all panels pass by
-constexpr int SLAB_WORDS = 64;  // 16 KiB of a panel stay in the L1 cache while all rows of a block pass by
+constexpr int SLAB_WORDS = 128;  // 32 KiB of a panel stay in the nearest caches while all rows of a block pass by
 
 // A word is what 32 bits of a row hold: one fp32 input, or two bf16 inputs, which one instruction multiplies and adds.
 template <class T>
