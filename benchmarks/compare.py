@@ -173,7 +173,7 @@ def draw_prompts(count: int, length: int, round_number: int, job: int) -> Prompt
 
 def compare_answers(engines: dict[str, Result]) -> None:
     """Share of answers whose first token is that of our first engine: the same model is computed, or it is not."""
-    ours = next((e["answers"] for e in engines.values() if e["is_ours"] and e.get("answers")), {})
+    ours: Result = next((e["answers"] for e in engines.values() if e["is_ours"] and e.get("answers")), {})
     for engine in engines.values():
         pairs = [(a, ours[c]) for c, a in engine.pop("answers", {}).items() if c in ours]
         if pairs:

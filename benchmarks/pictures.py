@@ -83,7 +83,7 @@ def _bars(axis: Axes, engines: Result, keys: list[str], colours: Mapping[str, st
             axis.annotate(f"{told.median:.3g}", (x, told.most), (0, 2), textcoords="offset points", ha="center", size=7)
     for group, key in enumerate(keys):
         if key in floor:
-            label = "what the machine allows" if group == 0 else None
+            label = "what the machine allows" if group == 0 else ""
             axis.hlines(floor[key], group - 0.42, group + 0.42, color=FLOOR, linestyle=(0, (3, 2)), label=label)
 
 

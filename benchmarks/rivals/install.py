@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,4 +105,4 @@ def _pip(name: str, arguments: list[str], log: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
