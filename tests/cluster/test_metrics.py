@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def test_shows_what_workers_report_and_forgets_who_left() -> None:
     assert not any("epoch_total" in name or "odd" in name or "vio_total" in name for name, _ in shown)
     del loads[0]
     assert not any(("worker", "d") in labels for _, labels in samples(metrics.render()))
+
+
+def test_every_metric_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    short = re.findall(r"`(_[a-z_]+)`", text)  # the end of a name that stands beside a whole one
+    metrics = Metrics(lambda: 0, lambda: [of_worker("d", "decode", {"kv_bytes_out": 1, "preemptions": 2, "steps": 3})])
+    for family in metrics.registry.collect():
+        is_told = family.name in text or any(family.name.endswith(end) for end in short)
+        assert is_told, f"docs/metrics.md does not tell of {family.name}"
 
 
 def test_counts_a_request(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
