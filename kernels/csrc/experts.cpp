@@ -1,6 +1,7 @@
 // MLPs with SwiGLU: of one matrix pair, or of each row's own expert.
 #include "arguments.hpp"
 #include "workspace.hpp"
+
 #include "gemm.hpp"
 
 namespace braid {
@@ -28,9 +29,9 @@ void for_each_chunk(const Groups& groups, const Matrix<T>& matrix, int* first_ch
         const int expert = int(std::upper_bound(first_chunk, first_chunk + groups.experts, chunk) - first_chunk) - 1;
         const Cut pieces = cut(expert);
         const int part = chunk - first_chunk[expert];
-        Range rows(groups.size(expert), pieces.row_blocks, part / pieces.panel_groups);
+        Range rows = part_of(groups.size(expert), pieces.row_blocks, part / pieces.panel_groups);
         rows.begin += groups.first[expert], rows.end += groups.first[expert];
-        body(expert, rows, Range(matrix.panels(), pieces.panel_groups, part % pieces.panel_groups));
+        body(expert, rows, part_of(matrix.panels(), pieces.panel_groups, part % pieces.panel_groups));
     });
 }
 

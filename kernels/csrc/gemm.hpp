@@ -6,7 +6,8 @@
 #include <algorithm>
 
 #include "pool.hpp"
-#include "vectors.hpp"
+
+#include "operands.hpp"
 
 namespace braid {
 
@@ -16,32 +17,25 @@ constexpr int BLOCK_ROWS = 96;  // rows of a chunk: their inputs stay in the L2 
 constexpr int SLAB_WORDS = 128;  // 32 KiB of a panel stay in the nearest caches while all rows of a block pass by
 
 // A word is what 32 bits of a row hold: one fp32 input, or two bf16 inputs, which one instruction multiplies and adds.
-template <class T>
-constexpr int PER_WORD = 4 / sizeof(T);
-
-// [outputs, inputs], laid out as panels of 64 outputs, each [words][64]; the last panel is as wide as it has to be, in
-// vectors. Padding is 0. Gate and up matrices of an MLP may share panels: 32 gate outputs, then their 32 up outputs.
+// A matrix [outputs, inputs] is laid out as panels of 64 outputs, each [words][64]; the last panel is as wide as it has
+// to be, in vectors. Padding is 0. Gate and up of an MLP share panels: 32 gate outputs, then their 32 up outputs.
 template <class T>
 struct Matrix {
+    static constexpr int PER_WORD = Operand<T>::PER_DWORD;
+
     const uint32_t* data;
     int outputs;  // padding not counted
     int inputs;
 
-    int words() const { return (inputs + PER_WORD<T> - 1) / PER_WORD<T>; }
+    int words() const { return (inputs + PER_WORD - 1) / PER_WORD; }
     int panels() const { return (outputs + PANEL - 1) / PANEL; }
     const uint32_t* panel(int index) const { return data + ptrdiff_t(index) * PANEL * words(); }
     int vectors(int panel) const { return std::min((outputs - panel * PANEL + LANES - 1) / LANES, PANEL / LANES); }
     ptrdiff_t size() const { return ptrdiff_t(outputs + LANES - 1) / LANES * LANES * words(); }  // in words
 };
 
-template <class T>
-inline __m512 multiply_add(__m512 sum, __m512i x, __m512i weights) {
-    if constexpr (sizeof(T) == 4) return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(weights), sum);
-    else return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)weights);
-}
-
-// A single tile of rows asks memory for the weights that it will need in so many bytes (27 GB/s; without: 15, as with
-// 16 KiB); with more tiles the first ones bring the next slab, so that memory is busy all the time.
+// A single tile of rows asks for the weights that it will need in so many bytes: 27 GB/s with one thread of a Zen 4, and
+// 15 with 16 KiB. Where there are more tiles, the first ones bring the next slab, so that memory is busy all the time.
 constexpr int LOOK_AHEAD = 2048;
 
 // The part of a chain that a slab holds, for up to 6 rows.
@@ -71,7 +65,7 @@ template <class T, int ROWS, int VECTORS>
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const __m512i word = _mm512_set1_epi32(word_of_row(r));
-            for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add<T>(sum[r][v], word, panel[v]);
+            for (int v = 0; v < VECTORS; ++v) sum[r][v] = Operand<T>::multiply_add(sum[r][v], word, panel[v]);
         }
         weights += VECTORS * LANES;
     };
@@ -108,32 +102,35 @@ TileFunction<T> tile_function(int rows, int vectors) {
     return all[rows - 1][vectors - 1];
 }
 
-// The part that has index `part` when `total` is cut into `parts` as equal ones as can be.
 struct Range {
     int begin, end;
-    Range(int total, int parts, int part)
-        : begin(int(int64_t(total) * part / parts)), end(int(int64_t(total) * (part + 1) / parts)) {}
     int size() const { return end - begin; }
 };
+
+// The part that has index `part` when 0 .. total is cut into `parts` as equal ones as can be.
+inline Range part_of(int total, int parts, int part) {
+    return {int(int64_t(total) * part / parts), int(int64_t(total) * (part + 1) / parts)};
+}
 
 // sums: [num_rows][64] <- rows (addresses of up to BLOCK_ROWS) times one panel. `end`: of the weights to look ahead to.
 template <class T>
 void multiply_panel(const T* const* rows, int num_rows, const Matrix<T>& matrix, int panel, const uint32_t* end,
                     float* sums) {
-    const int vectors = matrix.vectors(panel), whole_words = matrix.inputs / PER_WORD<T>;
+    const int vectors = matrix.vectors(panel), whole_words = matrix.inputs / Matrix<T>::PER_WORD;
     const int tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
     const uint32_t* weights = matrix.panel(panel);
     int first = 0;
     do {
         const int words = std::min(whole_words - first, SLAB_WORDS);
         const bool is_last = first + words == whole_words;
-        const bool has_half = is_last && matrix.inputs % PER_WORD<T>;
+        const bool has_half = is_last && matrix.inputs % Matrix<T>::PER_WORD;
         const uint32_t* following = weights + (words + has_half) * vectors * LANES;
         Slab slab{weights, first, words, has_half, reinterpret_cast<const char*>(following), 0};
         if (tiles == 1) slab.next = reinterpret_cast<const char*>(weights) + LOOK_AHEAD;
+        const bool has_next = tiles == 1 || following < end;
         for (int tile = 0; tile < tiles; ++tile) {
-            const Range range(num_rows, tiles, tile);
-            slab.lines = following < end && tile < 4 * vectors ? (4 * vectors + tiles - 1) / tiles : 0;
+            const Range range = part_of(num_rows, tiles, tile);
+            slab.lines = has_next && tile < 4 * vectors ? (4 * vectors + tiles - 1) / tiles : 0;
             tile_function<T>(range.size(), vectors)(rows + range.begin, slab, sums + range.begin * PANEL);
             slab.next += ptrdiff_t(slab.lines) * ((words + 3) / 4) * 64;
         }

@@ -1,6 +1,7 @@
 #include <sys/mman.h>
 
 #include "arguments.hpp"
+
 #include "linear.hpp"
 
 namespace braid {
@@ -21,16 +22,15 @@ void finish(const float* sums, int num_rows, int panel, int outputs, const T* bi
 
 // A strip is 16 outputs. The matrix's rows that it holds, from `begin` up to `end` or as many as there are of them.
 Range strip_rows(int strip, int outputs, bool is_gate_up) {
-    Range range(0, 1, 0);
+    if (!is_gate_up) return {strip * LANES, std::min((strip + 1) * LANES, outputs)};
     const int half = outputs / 2, in_panel = strip % 4;
-    range.begin = is_gate_up ? strip / 4 * 32 + in_panel % 2 * LANES : strip * LANES;
-    range.end = std::min(range.begin + LANES, is_gate_up ? half : outputs);
-    if (is_gate_up && in_panel >= 2) range.begin += half, range.end += half;
-    return range;
+    const int begin = strip / 4 * 32 + in_panel % 2 * LANES, shift = in_panel < 2 ? 0 : half;
+    return {begin + shift, std::min(begin + LANES, half) + shift};
 }
 
 template <class T>
 void pack_panel(const T* weight, ptrdiff_t stride, const Matrix<T>& to, int panel, int outputs, bool is_gate_up) {
+    constexpr int per_word = Matrix<T>::PER_WORD;
     const int vectors = to.vectors(panel), words = to.words();
     alignas(64) uint32_t tile[LANES][LANES];
     const __m512i column = _mm512_slli_epi32(
@@ -39,11 +39,11 @@ void pack_panel(const T* weight, ptrdiff_t stride, const Matrix<T>& to, int pane
         const Range rows = strip_rows(panel * 4 + v, outputs, is_gate_up);
         uint32_t* out = const_cast<uint32_t*>(to.panel(panel)) + v * LANES;
         for (int word = 0; word < words; word += LANES) {
-            const int inputs = std::min(to.inputs - word * PER_WORD<T>, LANES * PER_WORD<T>);
+            const int inputs = std::min(to.inputs - word * per_word, LANES * per_word);
             for (int r = 0; r < LANES; ++r) {
-                if (r >= rows.size() || inputs < LANES * PER_WORD<T>) __builtin_memset(tile[r], 0, sizeof tile[r]);
+                if (r >= rows.size() || inputs < LANES * per_word) __builtin_memset(tile[r], 0, sizeof tile[r]);
                 if (r < rows.size())
-                    __builtin_memcpy(tile[r], weight + (rows.begin + r) * stride + word * PER_WORD<T>, inputs * sizeof(T));
+                    __builtin_memcpy(tile[r], weight + (rows.begin + r) * stride + word * per_word, inputs * sizeof(T));
             }
             for (int w = 0; w < std::min(LANES, words - word); ++w)
                 _mm512_storeu_si512(out + ptrdiff_t(word + w) * vectors * LANES,
@@ -67,8 +67,8 @@ void head_linear(const T* x, Strides x_strides, int rows, const Matrix<T>& first
     const Cut cut(rows, first.panels(), int64_t(first.words()) * PANEL * 4, heads);
     parallel_for(heads * cut.chunks(), [&](int chunk) {
         const int head = chunk / cut.chunks(), part = chunk % cut.chunks();
-        const Range block(rows, cut.row_blocks, part / cut.panel_groups);
-        const Range group(first.panels(), cut.panel_groups, part % cut.panel_groups);
+        const Range block = part_of(rows, cut.row_blocks, part / cut.panel_groups);
+        const Range group = part_of(first.panels(), cut.panel_groups, part % cut.panel_groups);
         const Matrix<T> matrix{first.data + head * first.size(), first.outputs, first.inputs};
         const T* row[BLOCK_ROWS];
         Out* out_row[BLOCK_ROWS];

@@ -1,4 +1,4 @@
-// What the two dtypes of attention have in common: 16 dwords at a time, each one float, or two bf16 of one sum.
+// What the two dtypes have in common: 16 dwords at a time, each one float, or two bf16 of one sum.
 #pragma once
 #include "vectors.hpp"
 
