@@ -68,7 +68,7 @@ def token_at(position: int) -> int:
 def answer_to(num_prompt: int, params: SamplingParams) -> list[int]:
     """What a request that nothing disturbs gets."""
     tokens: list[int] = []
-    while len(tokens) < params.max_tokens and (not tokens or tokens[-1] != EOS):
+    while len(tokens) < params.max_tokens and (not tokens or params.ignore_eos or tokens[-1] != EOS):
         tokens.append(token_at(num_prompt + len(tokens)))
     return tokens
 

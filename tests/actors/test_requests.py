@@ -222,6 +222,17 @@ def test_a_message_that_cannot_be_read_costs_its_sender_the_link_and_nobody_else
     assert trio.front.heard[spared].finishes == ["length"]
 
 
+@pytest.mark.parametrize("prefill", ["a", "b"])
+def test_who_is_preempted_comes_back_and_repeats_nothing(trio: Trio, prefill: str) -> None:
+    endless = SamplingParams(200, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
+    names = [trio.front.submit(prefill, "b", 100 + number, endless) for number in range(3)]  # 5 of 8 blocks each
+    trio.run()
+    for number, name in enumerate(names):
+        heard = trio.front.heard[name]
+        assert (heard.finishes, heard.prompt_logprobs, len(heard.tokens)) == (["length"], 100 + number, 200)
+    assert trio.workers["b"].scheduler.counters["preemptions"] > 0
+
+
 def test_what_cannot_be_computed_is_refused_by_name(trio: Trio) -> None:
     empty = trio.front.submit("a", "a", 0, TEN)
     spared = trio.front.submit("a", "a", 3, TEN)
@@ -247,7 +258,7 @@ SUBMIT = st.tuples(
     st.just("submit"),
     st.sampled_from(["aa", "ab", "ab", "ba", "bb"]),
     st.integers(1, 200),
-    st.integers(0, 12),
+    st.one_of(st.integers(0, 12), st.just(100)),
     st.sampled_from([False] * 9 + [True]),
 )
 PAIRS = st.sampled_from(["ab", "af", "bf"])

@@ -71,6 +71,23 @@ def test_the_same_tokens_alone_and_with_many_more_than_fit(cluster: ProcessClust
     run(scenario(), 120.0)
 
 
+def test_the_usage_tells_what_of_the_prompt_was_in_the_cache(
+    cluster: ProcessCluster, byte_tokenizer: Tokenizer
+) -> None:
+    async def scenario() -> None:
+        async with front_over(cluster, byte_tokenizer) as front:
+            told = []
+            for own in (9, 9, 10):
+                request = ask((*range(3, 103), *[own] * 40))
+                usages = [delta.usage async for delta in front.generate(request) if delta.usage is not None]
+                told += [usage.cached_tokens for usage in usages]
+            assert told == [0, 128, 64]
+            rows = {load["worker"]: load["counters"] for load in front.load()["workers"]}
+            assert rows["prefill-0"]["prefix_hit_tokens"] >= 192
+
+    run(scenario(), 60.0)
+
+
 def test_cancelled_at_any_moment_everything_comes_back(cluster: ProcessCluster, byte_tokenizer: Tokenizer) -> None:
     async def cancel_after(front: FrontEnd, prompt: tuple[int, ...], num_deltas: int) -> None:
         async with aclosing(front.generate(ask(prompt, max_tokens=200))) as deltas:
