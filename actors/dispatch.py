@@ -23,10 +23,10 @@ from ..router.expert_map import ExpertMap
 from ..router.replica_bias import ReplicaBias
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import DISPATCH, ROWS, Kind
-from .pairs import Ints, encode, split
+from .pairs import Ints, encode, scatter, split
 from .reactor import Closed, Event, Received
 from .row_buffers import RowBuffer, RowBuffers
-from .wire import DTYPE_CODES
+from .wire import DTYPE_CODES, rows_from
 
 DISPATCH_DEADLINE_S = 30.0  # a prefill chunk on a busy CPU takes seconds; a hung worker must still be told apart
 BIAS_INTERVAL = 16  # steps between two updates of the replica bias and its table
@@ -43,35 +43,32 @@ class Mail(Protocol):
 
 @dataclass(slots=True)
 class Part:
-    """What one expert worker owes: the flat slots (row * k + slot) of one layer's dispatch, and where their rows go."""
+    """What one expert worker owes: the flat slots (row * k + slot) of one layer's dispatch."""
 
     handle: RemoteHandle
     owner: int
     link: Link
     slots: Ints
-    first: int
-    target: memoryview
     expires: float
     sent: float = 0.0
 
 
 @dataclass(slots=True)
 class RemoteHandle:
-    """Returned by dispatch, consumed by collect: holds the inputs until every row is back.
-
-    Rows are stored as they were asked for, one owner's after another's; `place` tells where a slot's row is, None that
-    they are in slot order.
-    """
+    """Returned by dispatch, consumed by collect: holds the inputs until every row is back."""
 
     layer: int
     x: Tensor
     experts: Ints
     top_k: int
     first_row: int
-    buffer: RowBuffer
-    place: Ints | None = None
+    whole: Message | None = None  # the answer of one worker that had everything: its rows are in slot order
+    buffer: RowBuffer | None = None  # else where the rows of several come together
     pending: dict[int, Part] = field(default_factory=dict)
-    is_resent: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        return self.x.shape[1] * self.x.itemsize
 
 
 @dataclass(slots=True)
@@ -109,7 +106,7 @@ class RemoteExperts:
         self._steps = 0
         self._open: dict[int, Part] = {}
         self._buffers = RowBuffers()
-        self._lent: RowBuffer | None = None  # holds what collect returned last
+        self._lent: list[RemoteHandle] = []  # whose rows collect has returned since the last dispatch
         self._slots = np.zeros(0, dtype=np.int64)  # 0, 1, 2 .. as far as was needed
         self._payload = np.zeros(0, dtype=np.uint8)
         self._payload_bytes = self._payload.data
@@ -126,7 +123,7 @@ class RemoteExperts:
         self._links = [link if link and link.peer.incarnation == life else None for link, life in lives]
         for link in self._links:
             if link is not None:
-                link.place_payloads(self._place_payload)
+                link.hold_payloads(Kind.ROWS)
         dead = [index for index, link in enumerate(self._links) if link is None or link.closed]
         self._bias = ReplicaBias(expert_map, layers, dead)
         self._table = self._bias.table()
@@ -140,17 +137,14 @@ class RemoteExperts:
         x is read again if a worker is lost: leave it alone until collect. `first_row`: the place of x[0] in the batch.
         """
         started = time.monotonic()
+        self._take_back()
         experts = topk_idx.numpy().reshape(-1)
-        if self._lent is not None:
-            self._buffers.give_back(self._lent)
-            self._lent = None
-        buffer = self._buffers.take(len(experts), x.shape[1], x.dtype)
-        handle = RemoteHandle(layer, x.contiguous(), experts, topk_idx.shape[1], first_row, buffer)
+        handle = RemoteHandle(layer, x.contiguous(), experts, topk_idx.shape[1], first_row)
         slots = self._all_slots(len(experts))
         if layer not in self._layer_row:  # a front end can be faster than the first map
-            self._fail(handle, slots, 0)
+            self._fail(handle, slots)
             return handle
-        self._send(handle, slots, 0)
+        self._send(handle, slots)
         self.counters.serialise_s += time.monotonic() - started
         self.loads[self._layer_row[layer]] += np.bincount(experts, minlength=self._num_experts)
         return handle
@@ -172,26 +166,25 @@ class RemoteExperts:
             finally:
                 for event in events:
                     self.mail.defer(event)
-        rows = self._in_slot_order(handle)
+        self._lent.append(handle)
         self.counters.wait_s += time.monotonic() - started
+        if handle.whole is not None:
+            rows = rows_from(handle.whole.payload, handle.x.dtype, handle.x.shape[1])
+        else:
+            rows = self._buffer_of(handle).rows[: len(handle.experts)]
         return rows.view(-1, handle.top_k, rows.shape[1])
 
-    def _in_slot_order(self, handle: RemoteHandle) -> Tensor:
-        buffer, num_rows = handle.buffer, len(handle.experts)
-        if handle.place is not None:
-            stored = buffer.rows
-            buffer = self._buffers.take(num_rows, stored.shape[1], stored.dtype)
-            torch.index_select(stored, 0, torch.from_numpy(handle.place), out=buffer.rows[:num_rows])
-            self._retire(handle)
-        elif handle.is_resent:
-            return buffer.rows[:num_rows]
-        self._lent = buffer
-        return buffer.rows[:num_rows]
+    def _take_back(self) -> None:
+        """The rows that were lent are not read any more."""
+        for handle in self._lent:
+            if handle.buffer is not None:
+                self._buffers.give_back(handle.buffer)
+        self._lent.clear()
 
-    def _retire(self, handle: RemoteHandle) -> None:
-        """A worker that was given up half-way through its answer may go on writing: its memory is not used again."""
-        if not handle.is_resent:
-            self._buffers.give_back(handle.buffer)
+    def _buffer_of(self, handle: RemoteHandle) -> RowBuffer:
+        if handle.buffer is None:
+            handle.buffer = self._buffers.take(len(handle.experts), handle.x.shape[1], handle.x.dtype)
+        return handle.buffer
 
     def _give_up_overdue(self, handle: RemoteHandle) -> None:
         now = time.monotonic()
@@ -210,23 +203,25 @@ class RemoteExperts:
     def take_failed(self) -> dict[int, str]:
         """Batch rows that lost an expert since the last call, each with the reason. Ends a step: no handle is open."""
         failed, self.failed = self.failed, {}
-        self._open.clear()  # of a step that broke off
+        self._take_back()
+        for part in self._open.values():  # of a step that broke off
+            part.handle.pending.clear()
+        self._open.clear()
         return failed
 
-    def _send(self, handle: RemoteHandle, slots: Ints, first: int) -> None:
-        """slots: ascending flat places (row * k + slot) that need a worker; their rows are stored from `first` on."""
+    def _send(self, handle: RemoteHandle, slots: Ints) -> None:
+        """slots: ascending flat places (row * k + slot) that need a worker."""
         owner_of = self._table[self._layer_row[handle.layer]]
         slots, counts = split(handle.experts, slots, owner_of, len(self._names))
-        begin = 0
+        first = 0
         for owner, num in enumerate(counts, start=-1):
             if num:
-                self._send_part(handle, owner, slots[begin : begin + num], first + begin)
-                begin += num
+                self._send_part(handle, owner, slots[first : first + num])
+                first += num
 
-    def _send_part(self, handle: RemoteHandle, owner: int, slots: Ints, first: int) -> None:
-        self._store(handle, slots, first)
+    def _send_part(self, handle: RemoteHandle, owner: int, slots: Ints) -> None:
         if owner < 0:
-            self._fail(handle, slots, first)
+            self._fail(handle, slots)
             return
         link = self._links[owner]
         assert link is not None, f"the table chose {self._names[owner]}, which has no link"
@@ -234,20 +229,19 @@ class RemoteExperts:
         x, num_pairs = handle.x, len(slots)
         self._make_room(8 * num_pairs + x.nbytes)
         num_rows = encode(x, handle.experts, slots, handle.top_k, self._payload)
-        x_bytes = num_rows * x.shape[1] * x.itemsize
+        num_bytes = 8 * num_pairs + num_rows * handle.row_bytes
         meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, DTYPE_CODES[x.dtype], num_rows, num_pairs)
-        target = handle.buffer.bytes_of_rows(first, num_pairs)
-        part = Part(handle, owner, link, slots, first, target, time.monotonic() + DISPATCH_DEADLINE_S)
+        part = Part(handle, owner, link, slots, time.monotonic() + DISPATCH_DEADLINE_S)
         self._open[number] = handle.pending[number] = part
         try:
-            link.send(Kind.DISPATCH, meta, self._payload_bytes[: 8 * num_pairs + x_bytes])
+            link.send(Kind.DISPATCH, meta, self._payload_bytes[:num_bytes])
         except (LinkClosed, LinkFull):
             self._lost(link)
             return
         part.sent = time.monotonic()
         self.counters.hops += 1
         self.counters.rows += num_pairs
-        self.counters.bytes_out += x_bytes
+        self.counters.bytes_out += num_bytes
         self._owner_rows[owner] += num_pairs
 
     def _make_room(self, num_bytes: int) -> None:
@@ -256,24 +250,10 @@ class RemoteExperts:
             self._payload = np.empty(num_bytes, dtype=np.uint8)
             self._payload_bytes = self._payload.data
 
-    def _store(self, handle: RemoteHandle, slots: Ints, first: int) -> None:
-        num_slots = len(handle.experts)
-        if handle.place is None and len(slots) < num_slots:
-            handle.place = np.empty(num_slots, dtype=np.int64)
-        if handle.place is not None:
-            handle.place[slots] = self._all_slots(num_slots)[first : first + len(slots)]
-
     def _all_slots(self, num: int) -> Ints:
         if len(self._slots) < num:
             self._slots = np.arange(num)
         return self._slots[:num]
-
-    def _place_payload(self, kind: int, meta: bytes, num_bytes: int) -> memoryview | None:
-        """Rows that somebody waits for go straight to where they are wanted."""
-        if kind != Kind.ROWS or len(meta) != ROWS.size:
-            return None
-        part = self._open.get(NUMBER.unpack_from(meta)[0])
-        return part.target if part is not None and len(part.target) == num_bytes else None
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Received) and event.message.kind == Kind.ROWS:
@@ -291,12 +271,17 @@ class RemoteExperts:
         part = self._open.get(number)
         if part is None:
             return  # a late packet: its slice was sent again and answered by another replica
-        if len(message.payload) != len(part.target):
-            part.link.close(f"it sent {len(message.payload)} bytes of rows, {len(part.target)} were asked for")
+        handle = part.handle
+        expected = len(part.slots) * handle.row_bytes
+        if len(message.payload) != expected:
+            part.link.close(f"it sent {len(message.payload)} bytes of rows, {expected} were asked for")
             self._lost(part.link)
             return
-        assert message.payload is part.target, "rows that are waited for have a place"
         self._forget(number, part)
+        if len(part.slots) == len(handle.experts):
+            handle.whole = message
+        else:
+            scatter(message.payload, part.slots, self._buffer_of(handle).rows)
         counters, held_s = self.counters, held_ns / 1e9
         if part.sent + held_s > self._collecting_since:  # else they may have lain there while we computed
             counters.timed += 1
@@ -335,11 +320,10 @@ class RemoteExperts:
 
     def _send_again(self, part: Part) -> None:
         self.counters.resent += 1
-        part.handle.is_resent = True
-        self._send(part.handle, part.slots, part.first)
+        self._send(part.handle, part.slots)
 
-    def _fail(self, handle: RemoteHandle, slots: Ints, first: int) -> None:
-        handle.buffer.rows[first : first + len(slots)] = 0.0
+    def _fail(self, handle: RemoteHandle, slots: Ints) -> None:
+        self._buffer_of(handle).rows[torch.from_numpy(slots)] = 0.0
         for slot in slots.tolist():
             reason = f"no live replica of expert {handle.experts[slot]} of layer {handle.layer}"
             self.failed[handle.first_row + slot // handle.top_k] = reason

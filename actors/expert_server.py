@@ -10,6 +10,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from .messages import DISPATCH, ROWS, Kind
 from .pairs import are_within, x_of
 from .reactor import Event, Received
 from .row_buffers import RowBuffers
-from .wire import DTYPES
+from .wire import DTYPES, rows_from
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class ExpertServer:
         self.counts: Counter[str] = Counter()
         self._host = host
         self._hidden, self._num_experts, self._dtype = hidden, num_experts, dtype
+        self._row_bytes = hidden * dtype.itemsize
         self._buffers = RowBuffers()
 
     def serve(self, mail: Mail, is_stopping: Callable[[], bool]) -> None:
@@ -71,28 +73,41 @@ class ExpertServer:
                 ready.append(job)
                 num_rows, num_pairs = num_rows + len(job.part.x), num_pairs + job.part.num_pairs
             else:
-                experts = self._host.missing(layer, job.part)
-                log.warning("%s asked for experts %s of layer %d", job.link.peer.name, experts.tolist(), layer)
-                self._reply(job, Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0, 0, 0), experts.data.cast("B"))
+                self._refuse(job)
         if not ready:
             return
-        buffer = self._buffers.take(num_pairs, self._hidden, self._dtype)
+        parts = [job.part for job in ready]
         started = time.monotonic()
-        self._host.run(layer, [job.part for job in ready], buffer.rows[:num_pairs])
-        ended, first = time.monotonic(), 0
-        for job in ready:
-            queued, computed, held = started - job.arrived, ended - started, time.monotonic() - job.arrived
-            meta = ROWS.pack(job.number, job.part.num_pairs, int(queued * 1e9), int(computed * 1e9), int(held * 1e9))
-            self._reply(job, Kind.ROWS, meta, buffer.bytes_of_rows(first, job.part.num_pairs))
-            first += job.part.num_pairs
-        self._buffers.give_back(buffer)
+        if len(ready) == 1 and (memory := ready[0].link.reserve(ROWS.size, num_pairs * self._row_bytes)) is not None:
+            self._host.run(layer, parts, rows_from(memory, self._dtype, self._hidden))
+            self._answer(ready[0], started, time.monotonic(), None)
+        else:
+            buffer, first = self._buffers.take(num_pairs, self._hidden, self._dtype), 0
+            self._host.run(layer, parts, buffer.rows[:num_pairs])
+            ended = time.monotonic()
+            for job in ready:
+                self._answer(job, started, ended, buffer.bytes_of_rows(first, job.part.num_pairs))
+                first += job.part.num_pairs
+            self._buffers.give_back(buffer)
         self.counts.update(tokens=num_rows, rows=num_pairs, hops=len(ready), batches=1)
 
-    def _reply(self, job: Job, kind: Kind, meta: bytes, payload: memoryview) -> None:
+    def _answer(self, job: Job, started: float, ended: float, rows: memoryview | None) -> None:
+        """rows: None if they have been computed where the link wants them."""
+        queued, computed, held = started - job.arrived, ended - started, time.monotonic() - job.arrived
+        meta = ROWS.pack(job.number, job.part.num_pairs, int(queued * 1e9), int(computed * 1e9), int(held * 1e9))
         try:
-            job.link.send(kind, meta, payload)
+            if rows is None:
+                job.link.commit(Kind.ROWS, meta, job.part.num_pairs * self._row_bytes)
+            else:
+                job.link.send(Kind.ROWS, meta, rows)
         except (LinkClosed, LinkFull) as error:  # the asker is gone or does not read: its own deadline handles it
-            log.warning("reply to %s dropped: %s", job.link.peer.name, error)
+            log.warning("rows for %s dropped: %s", job.link.peer.name, error)
+
+    def _refuse(self, job: Job) -> None:
+        experts = self._host.missing(job.layer, job.part)
+        log.warning("%s asked for experts %s of layer %d", job.link.peer.name, experts.tolist(), job.layer)
+        with suppress(LinkClosed, LinkFull):
+            job.link.send(Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0, 0, 0), experts.data.cast("B"))
 
 
 def next_batch(jobs: list[Job], now: float) -> tuple[list[Job], list[Job]]:

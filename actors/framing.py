@@ -1,12 +1,12 @@
 """Cuts a byte stream into messages: a fixed header (magic, version, kind, lengths), then meta, then payload.
 
-A received payload is filled straight from the pipe: into the place that its receiver has for it, else into a buffer of
-its own that starts on a 64-byte boundary: the bits a matrix product gives may depend on the alignment of its operands,
-and torch's own tensors are aligned so.
+A received payload has a buffer of its own, filled straight from the pipe, and starts on a 64-byte boundary: the bits a
+matrix product gives may depend on the alignment of its operands, and torch's own tensors are aligned so. Payloads of
+one kind may stay in the pipe's memory instead, where it has any: unaligned, and nobody's to write.
 """
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import addressof, c_char
 
 import numpy as np
@@ -19,7 +19,7 @@ HEADER = struct.Struct("<2sBxHIQ")  # magic, version, kind, meta_len, payload_le
 MAX_FRAME_BYTES = 1 << 30
 ALIGNMENT = 64
 
-Place = Callable[[int, bytes, int], memoryview | None]  # kind, meta, payload bytes -> where the payload belongs
+Frame = tuple[int, bytes, memoryview, object]  # kind, meta, payload, and what keeps the payload's memory
 
 
 def frame_pieces(kind: int, meta: bytes, payload: Sequence[Piece]) -> tuple[list[Piece], int]:
@@ -34,11 +34,15 @@ def frame_pieces(kind: int, meta: bytes, payload: Sequence[Piece]) -> tuple[list
     num_bytes = HEADER.size + len(meta) + payload_len
     if num_bytes > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {num_bytes} bytes exceeds {MAX_FRAME_BYTES}: send it as several messages")
+    pieces[0] = frame_head(kind, meta, payload_len)
+    return pieces, num_bytes
+
+
+def frame_head(kind: int, meta: bytes, payload_bytes: int) -> bytes:
     try:
-        pieces[0] = HEADER.pack(MAGIC, VERSION, kind, len(meta), payload_len) + meta
+        return HEADER.pack(MAGIC, VERSION, kind, len(meta), payload_bytes) + meta
     except struct.error as error:
         raise ValueError(f"message kind {kind!r} must be a number from 0 to 65535") from error
-    return pieces, num_bytes
 
 
 def _flat(part: Piece) -> memoryview:
@@ -54,15 +58,15 @@ class FrameReader:
     """Keeps the half-read frame of one link between two turns."""
 
     def __init__(self) -> None:
-        self.place: Place | None = None
+        self.held_kind: int | None = None
         self._header = memoryview(bytearray(HEADER.size))
         self._target = self._header  # the part of a frame that is being read
         self._filled = 0
         self._kind = self._meta_len = self._payload_len = 0
         self._meta: bytes | None = None
 
-    def read(self, pipe: Pipe) -> tuple[int, bytes, memoryview] | None:
-        """(kind, meta, payload) once a frame is whole, else None. Raises PeerGone."""
+    def read(self, pipe: Pipe) -> Frame | None:
+        """A frame once it is whole, else None. Raises PeerGone."""
         if self._target is self._header and not self._filled:
             buffer, start, end = pipe.window()
             if start == end:
@@ -72,11 +76,14 @@ class FrameReader:
                 middle = start + HEADER.size + self._meta_len
                 if middle <= end:
                     meta = bytes(buffer[start + HEADER.size : middle])
-                    payload = self._place_of(meta)
-                    if middle + self._payload_len <= end:  # nearly always: the whole frame is here
-                        payload[:] = buffer[middle : middle + self._payload_len]
-                        pipe.consume(middle + self._payload_len - start)
-                        return self._kind, meta, payload
+                    last = middle + self._payload_len
+                    if last <= end and self._kind == self.held_kind and (hold := pipe.hold(last - start)) is not None:
+                        return self._kind, meta, buffer[middle:last], hold
+                    payload = _aligned_buffer(self._payload_len)
+                    if last <= end:  # nearly always: the whole frame is here
+                        payload[:] = buffer[middle:last]
+                        pipe.consume(last - start)
+                        return self._kind, meta, payload, None
                     pipe.consume(middle - start)
                     self._meta, self._target = meta, payload
         return self._read_on(pipe)
@@ -84,7 +91,7 @@ class FrameReader:
     def is_mid_frame(self) -> bool:
         return self._filled > 0 or self._target is not self._header
 
-    def _read_on(self, pipe: Pipe) -> tuple[int, bytes, memoryview] | None:
+    def _read_on(self, pipe: Pipe) -> Frame | None:
         """Goes on with a frame that arrives in parts."""
         while self._fill(pipe):
             self._filled = 0
@@ -93,11 +100,11 @@ class FrameReader:
                 self._target = memoryview(bytearray(self._meta_len))
             elif self._meta is None:
                 self._meta = bytes(self._target)
-                self._target = self._place_of(self._meta)
+                self._target = _aligned_buffer(self._payload_len)
             else:
                 meta, payload = self._meta, self._target
                 self._meta, self._target = None, self._header
-                return self._kind, meta, payload
+                return self._kind, meta, payload, None
         return None
 
     def _fill(self, pipe: Pipe) -> bool:
@@ -115,10 +122,6 @@ class FrameReader:
             raise PeerGone(f"not a frame of version {VERSION}: it begins with {bytes(buffer[start : start + 3]).hex()}")
         if self._meta_len + self._payload_len > MAX_FRAME_BYTES:
             raise PeerGone(f"a frame of {self._meta_len + self._payload_len} bytes exceeds {MAX_FRAME_BYTES}")
-
-    def _place_of(self, meta: bytes) -> memoryview:
-        place = None if self.place is None else self.place(self._kind, meta, self._payload_len)
-        return _aligned_buffer(self._payload_len) if place is None else place
 
 
 def _aligned_buffer(num_bytes: int) -> memoryview:

@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from .framing import FrameReader, Place, frame_pieces
+from .framing import HEADER, FrameReader, frame_head, frame_pieces
 from .pipe import PeerGone, Piece, Pipe, Transport
 from .send_queue import SendQueue
 
@@ -53,6 +53,7 @@ class Message:
     kind: int
     meta: bytes
     payload: memoryview
+    hold: object = None  # keeps the payload's memory where it is the link's
 
 
 class Link:
@@ -73,7 +74,7 @@ class Link:
         self._lock = threading.RLock()  # guards all below, and the writing half of the pipe
         self._queue = SendQueue()
         self._epoll: select.epoll | None = None
-        self.is_closed_here = self._is_attached = self._is_released = False
+        self.is_closed_here = self._is_attached = self._is_released = self._is_reserved = False
 
     def __repr__(self) -> str:
         return f"Link({self.peer.name}/{self.peer.incarnation} over {self.transport}, closed={self.closed!r})"
@@ -97,7 +98,7 @@ class Link:
             if self._queue.num_bytes + num_bytes > self.max_queued_bytes:
                 raise LinkFull(f"{self.peer.name} reads too slowly: {self._queue.num_bytes} bytes wait for it")
             try:
-                written = 0 if self._queue else self._pipe.write(pieces)
+                written = 0 if self._queue or self._is_reserved else self._pipe.write(pieces)
             except PeerGone as error:
                 self._give_up(error)
                 raise LinkClosed(f"the link to {self.peer.name} is closed: {self.closed}") from error
@@ -107,9 +108,37 @@ class Link:
             self.bytes_sent += num_bytes
             self.messages_sent += 1
 
-    def place_payloads(self, place: Place | None) -> None:
-        """Called by the reactor's thread, from the next message on, before a payload is read; it may name no place."""
-        self._reader.place = place
+    def reserve(self, meta_bytes: int, payload_bytes: int) -> memoryview | None:
+        """Memory for the payload of the next message, where it need not be copied; None: `send` it as always.
+
+        Everybody else's messages queue behind it until `commit`, which must follow.
+        """
+        with self._lock:
+            if self.closed is not None or self._queue or self._is_reserved:
+                return None
+            try:
+                memory = self._pipe.reserve(HEADER.size + meta_bytes, payload_bytes)
+            except PeerGone as error:
+                self._give_up(error)
+                return None
+            self._is_reserved = memory is not None
+            return memory
+
+    def commit(self, kind: int, meta: bytes, payload_bytes: int) -> None:
+        """Sends what was reserved; both lengths must be those that were told then."""
+        with self._lock:
+            self._is_reserved = False
+            if self.closed is not None:
+                raise LinkClosed(f"the link to {self.peer.name} is closed: {self.closed}")
+            self._pipe.commit(frame_head(kind, meta, payload_bytes), payload_bytes)
+            self.bytes_sent += HEADER.size + len(meta) + payload_bytes
+            self.messages_sent += 1
+            if self._queue:
+                self.flush()
+
+    def hold_payloads(self, kind: int) -> None:
+        """Messages of this kind may leave their payload in the link's memory, which is free again when they are."""
+        self._reader.held_kind = kind
 
     def close(self, reason: str = "closed by its owner") -> None:
         """Ends the link; what is still queued is dropped. In a reactor, a Closed event follows."""
@@ -173,7 +202,7 @@ class Link:
     def flush(self) -> None:
         """Writes what is queued as far as there is room."""
         with self._lock:
-            if self.closed is None:
+            if self.closed is None and not self._is_reserved:
                 try:
                     if self._queue.drain(self._pipe):
                         self._watch_room(False)

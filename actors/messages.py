@@ -98,4 +98,5 @@ KV_LAYER = struct.Struct("<HIIII")
 # dispatch id u64, map epoch u64, layer u16, phase u8 (0 decode, 1 prefill), dtype u8, rows u32, pairs u32
 DISPATCH = struct.Struct("<QQHBBII")
 # dispatch id u64, pairs u32, nanoseconds u64 that it waited, that computing took (its whole batch), and until the reply
-ROWS = struct.Struct("<QIQQQ")
+# filled up so that the rows stand 64 bytes after the beginning of the frame: on such a boundary, in an empty ring
+ROWS = struct.Struct("<QIQQQ10x")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .shm_pipe import HAS_NATIVE
-from .wire import rows_from
+from .wire import bytes_of, rows_from
 
 if HAS_NATIVE:
     from . import _native
@@ -57,6 +57,14 @@ def decode(payload: memoryview, num_pairs: int, first_row: int, local: Ints, row
     pairs = np.frombuffer(payload, dtype=np.int32, count=2 * num_pairs).reshape(2, num_pairs)
     rows[:], places[:] = pairs[0] + first_row, local[pairs[1]]
     return bool((places >= 0).all())
+
+
+def scatter(payload: memoryview, slots: Ints, rows: Tensor) -> None:
+    """payload: one row for each slot; puts them into their places of rows [places, hidden]."""
+    if HAS_NATIVE:
+        _native.scatter(payload, rows.shape[1] * rows.itemsize, slots, bytes_of(rows))
+    else:
+        rows[torch.from_numpy(slots)] = rows_from(payload, rows.dtype, rows.shape[1])
 
 
 def experts_of(payload: memoryview, num_pairs: int) -> Ints:

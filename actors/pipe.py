@@ -44,6 +44,16 @@ class Pipe(Protocol):
         """Bytes of the window have been copied out."""
         ...
 
+    def hold(self, num_bytes: int) -> object | None:
+        """Like consume, but the bytes stay where they are as long as what is returned lives; None: it cannot be."""
+        ...
+
+    def reserve(self, head_bytes: int, payload_bytes: int) -> memoryview | None:
+        """Where the payload of the next frame may be written; None: it cannot be. Nothing is sent until `commit`."""
+        ...
+
+    def commit(self, head: bytes, payload_bytes: int) -> None: ...
+
     def read_into(self, target: memoryview) -> int:
         """Copies what is there; 0 means nothing now. Raises PeerGone after the last byte."""
         ...

@@ -1,4 +1,4 @@
-"""Memory for the rows that come back from the experts: taken for a dispatch, filled from the links, used again."""
+"""Memory for rows on their way between experts and combine: taken, filled, sent or read, and used again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .wire import bytes_of
 
 @dataclass(frozen=True, slots=True)
 class RowBuffer:
-    """rows: [capacity, width]; bytes: the same memory, which a link fills."""
+    """rows: [capacity, width]; bytes: the same memory."""
 
     rows: Tensor
     bytes: memoryview

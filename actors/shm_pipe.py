@@ -28,6 +28,7 @@ else:
 DEFAULT_RING_BYTES = 8 << 20
 MIN_RING_BYTES, MAX_RING_BYTES = 4096, 1 << 30
 ANNOUNCE_BYTES = 256 << 10  # a large message is told of in pieces, so that both sides copy at the same time
+MAX_HELD_SHARE = 4  # a larger part of a ring is not kept waiting for its reader
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # nobody can shrink it under our mapping
 
 
@@ -88,9 +89,20 @@ class Ring:
     def close(self) -> None:
         self.view.release()
         self._whole.release()
-        self._map.close()
+        with suppress(BufferError):  # a payload in it is still being read: the memory goes with the last of them
+            self._map.close()
         for fd in self.fds():
             os.close(fd)
+
+
+class Hold:
+    """Keeps bytes of a ring from being written over for as long as it lives."""
+
+    def __init__(self, pipe: "ShmPipe", start: int) -> None:
+        self._pipe, self._start = pipe, start
+
+    def __del__(self) -> None:
+        self._pipe.let_go(self._start)
 
 
 class ShmPipe:
@@ -102,6 +114,8 @@ class ShmPipe:
         # Bytes since the ring was made; byte n lies at (n - origin) % size.
         self._written = self._announced = self._freed = self._write_origin = 0
         self._read = self._arrived = self._read_origin = 0
+        self._held: dict[int, None] = {}  # where it begins what was read and is still needed; in order
+        self._is_closed = False
         self._ending: str | None = None
         self.incoming_words = incoming.words
         sock.setblocking(False)
@@ -204,8 +218,45 @@ class ShmPipe:
 
     def consume(self, num_bytes: int) -> None:
         self._read += num_bytes
-        if _native.give_back(self._in.words, self._read, self._in.num_bytes):
+        _native.see(self._in.words, self._read)
+        if not self._held:
+            self._give_back()
+
+    def hold(self, num_bytes: int) -> Hold | None:
+        """Like consume, but the bytes stay where they are until the Hold is dropped. None where they are too many."""
+        if num_bytes > self._in.num_bytes // MAX_HELD_SHARE:
+            return None
+        start = self._read
+        self._held[start] = None
+        self.consume(num_bytes)
+        return Hold(self, start)
+
+    def let_go(self, start: int) -> None:
+        del self._held[start]
+        if not self._is_closed:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        free = next(iter(self._held), self._read)
+        if _native.give_back(self._in.words, free, self._in.num_bytes):
             os.eventfd_write(self._in.room_fd, 1)
+
+    def reserve(self, head_bytes: int, payload_bytes: int) -> memoryview | None:
+        """Where the payload of the next frame may be written at once, if its place is free and in one piece."""
+        self._collect_room()
+        start = (self._written - self._write_origin) % self._out.num_bytes
+        end = start + head_bytes + payload_bytes
+        room = self._out.num_bytes - (self._written - self._freed)
+        if end > self._out.num_bytes or head_bytes + payload_bytes > room:
+            return None
+        return self._out.view[start + head_bytes : end]
+
+    def commit(self, head: bytes, payload_bytes: int) -> None:
+        """Sends what was reserved last, with its head; nothing may be written between the two."""
+        start = (self._written - self._write_origin) % self._out.num_bytes
+        self._out.view[start : start + len(head)] = head
+        self._written += len(head) + payload_bytes
+        self._announce()
 
     def read_into(self, target: memoryview) -> int:
         view, start, end = self.window()
@@ -223,6 +274,7 @@ class ShmPipe:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self._is_closed = True
         self._socket.close()
         self._out.close()
         self._in.close()

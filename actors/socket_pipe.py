@@ -61,6 +61,15 @@ class SocketPipe:
     def consume(self, num_bytes: int) -> None:
         self._start += num_bytes
 
+    def hold(self, num_bytes: int) -> None:
+        return None
+
+    def reserve(self, head_bytes: int, payload_bytes: int) -> None:
+        return None
+
+    def commit(self, head: bytes, payload_bytes: int) -> None:
+        raise AssertionError("nothing can be reserved on a socket")
+
     def read_into(self, target: memoryview) -> int:
         if self._start == self._end and len(target) >= STAGING_BYTES:
             return self._receive(target)

@@ -100,9 +100,26 @@ PyObject* decode(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return PyBool_FromLong(is_resident);
 }
 
+// scatter(payload, row_bytes, slots, out): row i of the payload to place slots[i]
+PyObject* scatter(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!takes(4, count)) return nullptr;
+    const Span<const char> payload(args[0], PyBUF_SIMPLE);
+    const Py_ssize_t row_bytes = PyLong_AsSsize_t(args[1]);
+    const Span<const Int> slots(args[2], PyBUF_SIMPLE);
+    const Span<char> out(args[3], PyBUF_WRITABLE);
+    if (PyErr_Occurred() || !payload.holds(slots.size() * row_bytes)) return nullptr;
+    for (Py_ssize_t i = 0; i < slots.size(); ++i) {
+        const Int slot = slots.data()[i];
+        if (slot < 0 || (slot + 1) * row_bytes > out.size())
+            return PyErr_Format(PyExc_IndexError, "slot %lld is out of bounds", (long long)slot);
+        std::memcpy(out.data() + slot * row_bytes, payload.data() + i * row_bytes, row_bytes);
+    }
+    Py_RETURN_NONE;
+}
+
 }  // namespace
 
 PyMethodDef pair_methods[] = {
-    method("split", split),   method("encode", encode),        method("check", check),
-    method("decode", decode), {nullptr, nullptr, 0, nullptr},
+    method("split", split),   method("encode", encode),   method("check", check),
+    method("decode", decode), method("scatter", scatter), {nullptr, nullptr, 0, nullptr},
 };

@@ -1,7 +1,8 @@
 // The words that the two ends of a shared-memory ring read and write at the same time, and the bounded wait for them.
 //
-// All bytes are counted from the ring's beginning and never wrap: `written` by the producer, `read` by the consumer.
-// The byte with number n lies at (n - origin) % size; the producer moves `origin` only while the ring is empty.
+// All bytes are counted from the ring's beginning and never wrap: `written` by the producer; by the consumer `seen`, up
+// to where it has looked, and `read`, up to where it needs them no more. The byte with number n lies at
+// (n - origin) % size; the producer moves `origin` only while the ring is empty.
 //
 // No wake-up is lost. A consumer that is about to sleep sets `asleep`, fences, and looks at `written` once more; a
 // producer stores `written`, fences, and looks at `asleep`. Both fences are sequentially consistent, so one of them
@@ -26,6 +27,7 @@ struct Header {
     Word origin;
     Word wants_room;
     alignas(64) Word read;  // this one by the consumer only
+    Word seen;
     Word asleep;
     uint64_t woken_for;  // value of `written` when room was last told of
 };
@@ -51,7 +53,7 @@ void relax() {
 void full_fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 bool has_news(const Header& ring) {
-    return ring.written.load(std::memory_order_acquire) != ring.read.load(std::memory_order_relaxed);
+    return ring.written.load(std::memory_order_acquire) != ring.seen.load(std::memory_order_relaxed);
 }
 
 // Whether enough is free to be worth a wake-up.
@@ -99,12 +101,23 @@ PyObject* read(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return PyErr_Occurred() ? nullptr : PyLong_FromUnsignedLongLong(ring->read.load(std::memory_order_acquire));
 }
 
+PyObject* see(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!takes(2, count)) return nullptr;
+    Header* ring = header(args[0]);
+    const uint64_t seen = number(args[1]);
+    if (PyErr_Occurred()) return nullptr;
+    ring->seen.store(seen, std::memory_order_relaxed);
+    Py_RETURN_NONE;
+}
+
 PyObject* give_back(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!takes(3, count)) return nullptr;
     Header* ring = header(args[0]);
     const uint64_t read = number(args[1]), size = number(args[2]);
     if (PyErr_Occurred()) return nullptr;
-    ring->read.store(read, std::memory_order_release);
+    uint64_t before = ring->read.load(std::memory_order_relaxed);
+    while (before < read && !ring->read.compare_exchange_weak(before, read)) {
+    }
     full_fence();
     if (!ring->wants_room.load(std::memory_order_relaxed)) Py_RETURN_FALSE;
     const uint64_t written = ring->written.load(std::memory_order_relaxed);
@@ -192,10 +205,9 @@ PyObject* spin(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 PyMethodDef ring_methods[] = {
-    method("start", start),           method("announce", announce), method("written", written),
-    method("origin", origin),         method("read", read),         method("give_back", give_back),
-    method("watch_room", watch_room), method("doze", doze),         method("rouse", rouse),
-    method("spin", spin),             {nullptr, nullptr, 0, nullptr},
+    method("start", start), method("announce", announce),   method("written", written),       method("origin", origin),
+    method("read", read),   method("see", see),             method("give_back", give_back),   method("doze", doze),
+    method("rouse", rouse), method("watch_room", watch_room), method("spin", spin),           {nullptr, nullptr, 0, nullptr},
 };
 
 bool add_ring_constants(PyObject* module) {

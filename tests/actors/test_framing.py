@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from braid.actors.framing import ALIGNMENT, HEADER, MAGIC, MAX_FRAME_BYTES, VERSION, FrameReader, Place, frame_pieces
+from braid.actors.framing import ALIGNMENT, HEADER, MAGIC, MAX_FRAME_BYTES, VERSION, Frame, FrameReader, frame_pieces
 from braid.actors.pipe import PeerGone, Piece, Pipe
 
 
@@ -45,9 +45,9 @@ def stream_of(kind: int, meta: bytes, *payload: Piece) -> bytes:
     return b"".join(frame_pieces(kind, meta, payload)[0])
 
 
-def read_all(stream: bytes, step: int, place: Place | None = None) -> list[tuple[int, bytes, memoryview]]:
-    pipe, reader, frames = Trickle(stream, step), FrameReader(), []
-    reader.place = place
+def read_all(pipe: Trickle, held_kind: int | None = None) -> list[Frame]:
+    reader, frames = FrameReader(), []
+    reader.held_kind = held_kind
     while pipe.arrive():
         while (frame := reader.read(cast(Pipe, pipe))) is not None:
             frames.append(frame)
@@ -60,38 +60,42 @@ def read_all(stream: bytes, step: int, place: Place | None = None) -> list[tuple
     step=st.integers(1, 200),
 )
 def test_frames_come_out_as_they_went_in(frames: list[tuple[int, bytes, bytes]], step: int) -> None:
-    got = read_all(b"".join(stream_of(*frame) for frame in frames), step)
-    assert [(kind, meta, bytes(payload)) for kind, meta, payload in got] == frames
+    got = read_all(Trickle(b"".join(stream_of(*frame) for frame in frames), step))
+    assert [(kind, meta, bytes(payload)) for kind, meta, payload, _ in got] == frames
 
 
 @pytest.mark.parametrize("meta_len", [0, 1, 63, 64, 100])
 def test_a_payload_is_aligned_and_its_own(meta_len: int) -> None:
     stream = bytearray(stream_of(1, bytes(meta_len), b"x" * 5000) * 2)
-    first, second = (frame[2] for frame in read_all(bytes(stream), len(stream)))
+    first, second = (frame[2] for frame in read_all(Trickle(bytes(stream), len(stream))))
     assert addressof(c_char.from_buffer(first)) % ALIGNMENT == 0
     first[:] = b"y" * 5000
     assert second == b"x" * 5000
 
 
-@pytest.mark.parametrize("step", [1, 7, 50, 10_000])
-def test_a_payload_goes_where_its_receiver_wants_it(step: int) -> None:
-    wanted = memoryview(bytearray(5))
+def test_a_payload_of_one_kind_stays_in_the_memory_of_a_pipe_that_can_hold_it() -> None:
+    class Holding(Trickle):
+        def hold(self, num_bytes: int) -> object | None:
+            if num_bytes > 60:
+                return None
+            self.consume(num_bytes)
+            return "held"
 
-    def place(kind: int, meta: bytes, num_bytes: int) -> memoryview | None:
-        return wanted if (kind, meta, num_bytes) == (7, b"mine", 5) else None
-
-    frames = [(1, b"mine", b"other"), (7, b"mine", b"hello"), (7, b"yours", b"right"), (7, b"mine", b"longer")]
-    got = read_all(b"".join(stream_of(*frame) for frame in frames), step, place)
-    assert [(kind, meta, bytes(payload)) for kind, meta, payload in got] == frames
-    assert [payload is wanted for _, _, payload in got] == [False, True, False, False]
-    assert bytes(wanted) == b"hello"
+    frames = [(1, b"mine", b"other"), (7, b"mine", b"hello"), (7, b"", b""), (7, b"yours", b"x" * 100)]
+    stream = b"".join(stream_of(*frame) for frame in frames)
+    for step in (1, 50, len(stream)):
+        got = read_all(Holding(stream, step), held_kind=7)
+        assert [(kind, meta, bytes(payload)) for kind, meta, payload, _ in got] == frames
+        assert [hold for _, _, _, hold in got][::3] == [None, None]
+        if step == len(stream):
+            assert [hold for _, _, _, hold in got] == [None, "held", "held", None]
 
 
 def test_several_pieces_of_any_shape_are_one_payload() -> None:
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
     empty = np.empty((0, 4), np.int64)
     stream = stream_of(2, b"m", b"ab", matrix.data, empty.data, memoryview(b""), memoryview(b"cd"))
-    ((_, _, payload),) = read_all(stream, len(stream))
+    ((_, _, payload, _),) = read_all(Trickle(stream, len(stream)))
     assert payload == b"ab" + matrix.tobytes() + b"cd"
 
 
@@ -124,4 +128,4 @@ def test_a_frame_beyond_the_limit_is_refused_by_its_sender() -> None:
 @pytest.mark.parametrize("step", [1, 100])
 def test_a_bad_header_ends_the_link(header: bytes, reason: str, step: int) -> None:
     with pytest.raises(PeerGone, match=reason):
-        read_all(header.ljust(64, b"."), step)
+        read_all(Trickle(header.ljust(64, b"."), step))
