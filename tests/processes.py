@@ -91,6 +91,8 @@ class Answer:
     finish: str | None = None
     error: dict[str, str] | None = None
     cached: int = 0
+    accepted: int = 0
+    rejected: int = 0
 
     @property
     def token_ids(self) -> list[int]:
@@ -166,6 +168,7 @@ class WireFront:
             answer.finish = item["finish"] or answer.finish
             answer.error = item["error"] or answer.error
             answer.cached = max(answer.cached, item["cached"])
+            answer.accepted, answer.rejected = item["accepted"], item["rejected"]
 
 
 class ProcessCluster:
