@@ -16,14 +16,12 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ..model.kv_cache import BLOCK_SIZE, LatentCache
 from ..model.sampling_params import SamplingParams
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import KV_LAYER, Kind, pack, unpack
 from .sequence import Sequence
-from .wire import bytes_of, rows_from
+from .wire import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +127,7 @@ class LayerSender:
     def __call__(self, layer: int) -> None:
         if not self._spans:
             return
-        rows = self._cache.layers[layer]
-        memory, row_bytes = bytes_of(rows), rows.shape[-1] * rows.itemsize
+        memory, row_bytes = _memory_of(self._cache, layer)
         for span in self._spans:
             if not span.link.closed:  # else the Closed event fails the sequence after this step
                 pieces = [memory[row * row_bytes : (row + count) * row_bytes] for row, count in span.runs]
@@ -162,13 +159,17 @@ def receive_layer(
         return
     if checksums and checksum_of([message.payload]) != checksum:
         raise Damaged(sequence, layer, start, num, link.peer.name)
-    target = cache.layers[layer].view(-1, cache.layers[layer].shape[-1])
-    rows = rows_from(message.payload, target.dtype, target.shape[1])
-    assert len(rows) == num, f"{link.peer.name} announced {num} rows of layer {layer} and sent {len(rows)}"
+    memory, row_bytes = _memory_of(cache, layer)
+    payload = message.payload
+    assert payload.nbytes == num * row_bytes, f"{link.peer.name} announced {num} rows and sent {payload.nbytes} bytes"
     skipped = min(max(sequence.cached_tokens - start, 0), num)
-    _write(target, rows[skipped:], runs(sequence.block_table, start + skipped, num - skipped))
+    done = skipped * row_bytes
+    for row, count in runs(sequence.block_table, start + skipped, num - skipped):
+        # not by torch: it would share a copy among threads, and wait for a core that somebody else computes on
+        memory[row * row_bytes : (row + count) * row_bytes] = payload[done : done + count * row_bytes]
+        done += count * row_bytes
     sequence.kv_started_ns = sequence.kv_started_ns or time.time_ns()
-    sequence.kv_bytes += message.payload.nbytes
+    sequence.kv_bytes += payload.nbytes
     sequence.rows_received += num - skipped
 
 
@@ -180,8 +181,7 @@ def checksum_of(pieces: list[memoryview]) -> int:
     return checksum
 
 
-def _write(target: Tensor, rows: Tensor, places: list[tuple[int, int]]) -> None:
-    done = 0
-    for row, count in places:
-        target[row : row + count] = rows[done : done + count]
-        done += count
+def _memory_of(cache: LatentCache, layer: int) -> tuple[memoryview, int]:
+    """The bytes of a layer's rows, and of one row."""
+    rows = cache.layers[layer]
+    return bytes_of(rows), rows.shape[-1] * rows.itemsize
