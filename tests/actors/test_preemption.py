@@ -290,4 +290,4 @@ class SmallWorker(RuleBasedStateMachine):
 
 
 TestSmallWorker = SmallWorker.TestCase
-TestSmallWorker.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestSmallWorker.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
