@@ -1,6 +1,7 @@
 #include "pool.hpp"
 
 #include <immintrin.h>
+#include <pthread.h>
 #include <sched.h>
 
 #include <atomic>
@@ -26,6 +27,8 @@ class Pool {
         if (count == num_threads()) return;
         while (is_taken_.exchange(true, std::memory_order_acquire)) sched_yield();
         stop();
+        if (sched_getaffinity(0, sizeof cores_, &cores_) != 0) CPU_ZERO(&cores_);
+        callers_core_ = -1;
         for (int i = 1; i < count; ++i) helpers_.emplace_back([this] { help(); });
         num_threads_.store(count, std::memory_order_relaxed);
         is_taken_.store(false, std::memory_order_release);
@@ -38,6 +41,7 @@ class Pool {
             for (int chunk = 0; chunk < chunks; ++chunk) function(body, chunk);
             return;
         }
+        if (const int core = sched_getcpu(); core != callers_core_) clear(core);
         function_ = function, body_ = body, chunks_ = chunks;
         pending_.store(chunks, std::memory_order_relaxed);
         unclaimed_.store(chunks);  // publishes the job
@@ -59,6 +63,16 @@ class Pool {
         function_(body_, chunks_ - left);
         pending_.fetch_sub(1, std::memory_order_release);
         return true;
+    }
+
+    // Keeps the helpers off the caller's core. Where another process takes turns with this one and looks out for its own
+    // turn on the other core, the system wakes a helper on the caller's core, and there it waits until all is done.
+    void clear(int core) {
+        callers_core_ = core;
+        cpu_set_t others = cores_;
+        if (core < 0 || core >= CPU_SETSIZE || !CPU_ISSET(core, &others) || CPU_COUNT(&others) < 2) return;
+        CPU_CLR(core, &others);
+        for (auto& helper : helpers_) pthread_setaffinity_np(helper.native_handle(), sizeof others, &others);
     }
 
     void help() {
@@ -115,6 +129,8 @@ class Pool {
     std::mutex mutex_;
     std::condition_variable wanted_;
     std::vector<std::thread> helpers_;
+    cpu_set_t cores_;         // that this process may use
+    int callers_core_ = -1;   // that the helpers were last kept off
 };
 
 // Never destroyed: at the end of the process its helpers may still be asleep in it.

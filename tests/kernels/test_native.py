@@ -290,6 +290,21 @@ def test_the_pool_wakes_helpers_that_sleep_and_changes_size() -> None:
             assert count_chunks(64, 20) == [20] * 64
 
 
+def test_helpers_keep_off_the_callers_core() -> None:
+    """Else, where another process waits for its turn on the other core, they sit behind the caller and never help."""
+    set_threads(1)
+    cores, before = os.sched_getaffinity(0), helper_threads()
+    set_threads(3)
+    helpers = [int(thread.name) for thread in helper_threads() - before]
+    try:
+        for core in cores:
+            os.sched_setaffinity(0, {core})
+            assert count_chunks(8, 1) == [1] * 8
+            assert all(os.sched_getaffinity(helper) == (cores - {core} or cores) for helper in helpers)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def helper_threads() -> set[Path]:
     return set(Path("/proc/self/task").iterdir())
 
