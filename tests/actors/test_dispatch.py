@@ -149,3 +149,68 @@ def test_a_silent_worker_is_given_up_at_its_deadline(post: Post) -> None:
     assert torch.equal(experts.collect(handle), EXPECTED)
     assert "no reply" in str(post.experts[0].link.closed)
     assert not post.experts[1].link.closed
+
+
+Y = X + 10.0
+OTHER = torch.tensor([[1, 2], [0, 3]])
+OTHER_EXPECTED = Y[:, None] * (OTHER + 1)[..., None]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_dispatches_are_open_at_once_and_collected_in_any_order(post: Post, first: int) -> None:
+    experts = remote(post)
+    handles = [experts.dispatch(LAYER, X, TOPK), experts.dispatch(LAYER, Y, OTHER)]
+    expected = [EXPECTED, OTHER_EXPECTED]
+    for index in (first, 1 - first):
+        assert torch.equal(experts.collect(handles[index]), expected[index])
+    assert experts.take_failed() == {}
+
+
+@pytest.mark.parametrize("end", ["dies", "is silent", "answers wrongly"])
+def test_a_worker_that_is_lost_costs_no_open_dispatch_anything(post: Post, end: str) -> None:
+    experts = remote(post)
+    handles = [experts.dispatch(LAYER, X, TOPK), experts.dispatch(LAYER, Y, OTHER)]
+    if end == "dies":
+        post.experts[0].far.close()
+    elif end == "is silent":
+        post.experts[0].is_silent = True
+        for handle in handles:
+            for part in handle.pending.values():
+                part.expires = 0.0
+    else:
+        post.experts[0].cut_rows = 1
+    assert torch.equal(experts.collect(handles[0]), EXPECTED)
+    assert torch.equal(experts.collect(handles[1]), OTHER_EXPECTED)
+    assert experts.counters.resent == 2
+    assert experts.take_failed() == {}
+
+
+def test_rows_of_the_second_micro_batch_fail_under_their_place_in_the_batch(post: Post) -> None:
+    experts = remote(post)
+    for expert in post.experts:
+        expert.far.close()
+    handles = [experts.dispatch(LAYER, X, TOPK), experts.dispatch(LAYER, Y, OTHER, first_row=2)]
+    for handle in handles:
+        assert torch.equal(experts.collect(handle), torch.zeros(2, 2, HIDDEN))
+    assert sorted(experts.take_failed()) == [0, 1, 2, 3]
+
+
+def test_what_a_broken_step_left_open_is_not_asked_for_again(post: Post) -> None:
+    experts = remote(post)
+    experts.dispatch(LAYER, X, TOPK)
+    assert experts.take_failed() == {}
+    post.experts[0].far.close()
+    assert torch.equal(experts.collect(experts.dispatch(LAYER, Y, OTHER)), OTHER_EXPECTED)
+    assert experts.counters.resent <= 1
+
+
+def test_memory_for_rows_is_used_again(post: Post) -> None:
+    experts = remote(post)
+    addresses = set()
+    for _ in range(20):
+        handles = [experts.dispatch(LAYER, X, TOPK), experts.dispatch(LAYER, Y, OTHER)]
+        rows = [experts.collect(handle) for handle in handles]
+        assert torch.equal(rows[0], EXPECTED)
+        assert torch.equal(rows[1], OTHER_EXPECTED)
+        addresses |= {collected.data_ptr() for collected in rows}
+    assert len(addresses) <= 4

@@ -150,6 +150,47 @@ def test_a_peer_that_gives_back_room_it_never_had_is_cut_off(host: LinkHost, far
     assert "gave back more bytes" in host.until_closed(near)
 
 
+@pytest.mark.parametrize("num_bytes", [0, 5, 100_000, 2 * RING_BYTES])
+def test_a_reserved_message_keeps_its_place_in_the_order(host: LinkHost, far: Reactor, num_bytes: int) -> None:
+    near, dialed = host.dial("shm", far)
+    near.hold_payloads(7)
+    payload = bytes(range(251)) * (num_bytes // 251 + 1)
+    memory = dialed.reserve(4, num_bytes)
+    assert (memory is None) == (num_bytes > RING_BYTES)
+    if memory is not None:
+        dialed.send(ECHO, b"second")
+        memory[:] = payload[:num_bytes]
+        dialed.commit(7, b"meta", num_bytes)
+    else:
+        dialed.send(7, b"meta", payload[:num_bytes])
+        dialed.send(ECHO, b"second")
+
+    def is_done() -> bool:
+        far.poll(0)
+        return len(host.received(near)) == 2
+
+    host.until(is_done, "both messages")
+    first, second = (event.message for event in host.received(near))
+    assert (first.kind, first.meta, first.payload) == (7, b"meta", payload[:num_bytes])
+    assert (first.hold is not None) == (num_bytes < RING_BYTES // 4)
+    assert second.meta == b"second"
+    host.events.clear()
+
+
+def test_held_messages_that_are_dropped_free_the_ring(host: LinkHost, far: Reactor) -> None:
+    near, dialed = host.dial("shm", far)
+    near.hold_payloads(7)
+    kept = []
+    for index in range(40):
+        dialed.send(7, b"%d" % index, bytes([index]) * (RING_BYTES // 5))
+        host.until(lambda: far.poll(0) == [] and bool(host.received(near)), "a message")
+        (event,) = host.received(near)
+        host.events.clear()
+        assert event.message.payload == bytes([index]) * (RING_BYTES // 5)
+        kept = [*kept, event.message][-2:]
+        assert [message.payload[0] for message in kept] == list(range(index + 1))[-2:]
+
+
 def num_fds_and_threads() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 

@@ -114,6 +114,61 @@ def test_room_that_came_before_it_was_asked_for_is_told(pair: Pair) -> None:
         assert epoll.poll(0)
 
 
+def test_held_bytes_stay_and_free_their_room_in_any_order(pair: Pair) -> None:
+    """Four parts of an eighth each are held; what is written meanwhile never touches them."""
+    part = MIN_RING_BYTES // 8
+    for mark in b"abcd":
+        pair.writer.write([bytes([mark]) * part])
+    pair.data_arrived()
+    holds, views = [], []
+    for _ in range(4):
+        view, start, _ = pair.reader.window()
+        views.append(view[start : start + part])
+        holds.append(pair.reader.hold(part))
+    assert all(holds)
+    assert pair.writer.write([b"e" * MIN_RING_BYTES]) == 4 * part
+    assert [bytes(view[:1]) for view in views] == [b"a", b"b", b"c", b"d"]
+    holds[1] = None
+    assert pair.writer.write([b"f"]) == 0
+    holds[0] = None
+    assert pair.writer.write([b"f" * MIN_RING_BYTES]) == 2 * part
+    assert [bytes(view[:1]) for view in views[2:]] == [b"c", b"d"]
+    holds.clear()
+    pair.data_arrived()
+    assert pair.read(4 * part) == b"e" * 4 * part
+    for view in views:
+        view.release()
+
+
+def test_too_much_is_not_held(pair: Pair) -> None:
+    pair.writer.write([bytes(MIN_RING_BYTES)])
+    pair.data_arrived()
+    assert pair.reader.hold(MIN_RING_BYTES // 2) is None
+
+
+def test_a_hold_may_outlive_its_pipe() -> None:
+    pair = Pair()
+    pair.writer.write([b"hello"])
+    pair.data_arrived()
+    view, start, end = pair.reader.window()
+    kept, hold = view[start:end], pair.reader.hold(5)
+    pair.close()
+    assert bytes(kept) == b"hello"
+    del hold
+    kept.release()
+
+
+def test_what_is_reserved_is_sent_by_commit_and_not_before(pair: Pair) -> None:
+    memory = pair.writer.reserve(4, 5)
+    assert memory is not None
+    memory[:] = b"hello"
+    assert not pair.data_arrived()
+    pair.writer.commit(b"head", 5)
+    assert pair.data_arrived()
+    assert pair.read(100) == b"headhello"
+    assert pair.writer.reserve(4, MIN_RING_BYTES) is None
+
+
 def test_a_full_ring_takes_no_more_until_room_is_given_back(pair: Pair) -> None:
     assert pair.writer.write([bytes(MIN_RING_BYTES + 1)]) == MIN_RING_BYTES
     assert pair.writer.write([b"x"]) == 0
