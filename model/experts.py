@@ -36,9 +36,10 @@ class LocalExperts:
     def __init__(self, weights: Mapping[int, ExpertWeights]) -> None:
         self._weights = weights
         self._places = {layer: _places(stack.expert_ids) for layer, stack in weights.items()}
-        self._row_of_pair = torch.empty(0, dtype=torch.int64)
+        self._rows_of_pairs: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
         self._top_k = 0
-        self._spare: list[Tensor] = []  # memory for rows, [pairs, H] each
+        self._memory: list[Tensor] = []  # for rows, [pairs, H] each; none is ever given back: noted calls name it
+        self._spare: list[Tensor] = []
 
     def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> LocalHandle:
         num_tokens, top_k = topk_idx.shape
@@ -47,22 +48,39 @@ class LocalExperts:
         expert_of_pair = topk_idx.reshape(-1)
         if places is not None:
             expert_of_pair = places[expert_of_pair]
-        memory = self._spare.pop() if self._spare else x.new_empty(0, x.shape[1])
-        if len(memory) < num_pairs:
-            memory = x.new_empty(num_pairs, x.shape[1])
-        rows = memory[:num_pairs]
-        stack.ops.grouped_mlp(x, self._rows_of_pairs(num_tokens, top_k), expert_of_pair, stack.w13, stack.w2, out=rows)
+        memory = self._take(num_pairs, x)
+        rows, row_of_pair = memory[:num_pairs], self._row_of_pair(num_tokens, top_k)
+        stack.ops.grouped_mlp(x, row_of_pair, expert_of_pair, stack.w13, stack.w2, out=rows)
         return LocalHandle(memory, rows.view(num_tokens, top_k, -1))
 
     def collect(self, handle: LocalHandle) -> Tensor:
         self._spare.append(handle.memory)
         return handle.rows
 
-    def _rows_of_pairs(self, num_tokens: int, top_k: int) -> Tensor:
+    @property
+    def can_be_noted(self) -> bool:
+        """Whether dispatch and collect make kernel calls only, over memory that stays where it is."""
+        return all(places is None for places in self._places.values())
+
+    def _take(self, num_pairs: int, x: Tensor) -> Tensor:
+        """The least of the spare memory that is enough."""
+        enough = [memory for memory in self._spare if len(memory) >= num_pairs]
+        if not enough:
+            num_pairs = max(num_pairs, 2 * max(map(len, self._spare), default=0))  # else it grows row by row
+            self._memory.append(x.new_empty(num_pairs, x.shape[1]))
+            return self._memory[-1]
+        memory = min(enough, key=len)
+        self._spare = [other for other in self._spare if other is not memory]
+        return memory
+
+    def _row_of_pair(self, num_tokens: int, top_k: int) -> Tensor:
         """0 0 .. 1 1 ..: `top_k` times each."""
-        if len(self._row_of_pair) < num_tokens * top_k or top_k != self._top_k:
-            self._row_of_pair, self._top_k = torch.arange(num_tokens).repeat_interleave(top_k), top_k
-        return self._row_of_pair[: num_tokens * top_k]
+        num_pairs = num_tokens * top_k
+        if len(self._rows_of_pairs[-1]) < num_pairs or top_k != self._top_k:
+            num_tokens = max(num_tokens, 2 * len(self._rows_of_pairs[-1]) // top_k)
+            self._rows_of_pairs.append(torch.arange(num_tokens).repeat_interleave(top_k))
+            self._top_k = top_k
+        return self._rows_of_pairs[-1][:num_pairs]
 
 
 def _places(expert_ids: tuple[int, ...]) -> Tensor | None:

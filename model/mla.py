@@ -44,14 +44,20 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What attention must know of a batch; made once, used by every layer."""
+    """What attention must know of a batch; made once, used by every layer.
+
+    `shape`: of a batch of absorbed rows only, whose plan lies in the step's buffers: equal ones differ in content only.
+    """
 
     positions: Tensor  # int64 [N]
     slots: Tensor  # int64 [N], where each row's latent goes
     runs: tuple[Run, ...]
+    shape: tuple[int, int] | None = None
 
 
-def plan_attention(segments: Sequence[Segment], latent_dim: int, ops: Ops) -> AttentionPlan:
+def plan_attention(
+    segments: Sequence[Segment], latent_dim: int, ops: Ops, buffers: StepBuffers | None = None
+) -> AttentionPlan:
     segments = [segment for segment in segments if segment.num]
     tables = _tables(segments)
     nums = np.array([segment.num for segment in segments], dtype=np.int64)
@@ -60,6 +66,14 @@ def plan_attention(segments: Sequence[Segment], latent_dim: int, ops: Ops) -> At
     before = np.array([segment.start for segment in segments], dtype=np.int64) - ends + nums
     positions = np.arange(len(segment_of_row)) + before[segment_of_row]
     slots = tables[segment_of_row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    if buffers is not None and segments and all(segment.absorbed for segment in segments):
+        fixed = buffers.decode_inputs(len(positions), tables.shape[1])
+        fixed.positions.copy_(torch.from_numpy(positions))
+        fixed.slots.copy_(torch.from_numpy(slots))
+        fixed.block_tables[:, : tables.shape[1]].copy_(torch.from_numpy(tables[segment_of_row]))
+        plan = ops.plan_decode(fixed.positions, fixed.block_tables, latent_dim)
+        run = Run(slice(0, len(positions)), True, plan)
+        return AttentionPlan(fixed.positions, fixed.slots, (run,), (len(positions), fixed.block_tables.shape[1]))
     runs, first = [], 0
     for absorbed, last in _runs(segments):
         rows = slice(int(ends[first - 1]) if first else 0, int(ends[last - 1]))
@@ -98,28 +112,25 @@ class LatentAttention:
         self._weights = weights
         self._ops = ops
 
-    def write_latents(
-        self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache_layer: Tensor, rows: StepRows
-    ) -> None:
+    def write_latents(self, x: Tensor, slots: Tensor, cache_layer: Tensor, rows: StepRows) -> None:
         """x: [N, H] normed hidden rows; puts their latents into the cache, and their low-rank queries into `rows`."""
         config, weights = self._config, self._weights
         self._ops.linear(x, weights.qkv_a_proj, weights.qkv_a_bias, out=rows.qkv_a)
         norm, interleaved = weights.kv_a_layernorm, config.rope_interleave
-        self._ops.write_latents(rows.latent, norm, LATENT_NORM_EPS, cos, sin, slots, cache_layer, interleaved)
+        self._ops.write_latents(rows.latent, norm, LATENT_NORM_EPS, rows.cos, rows.sin, slots, cache_layer, interleaved)
 
-    def attend(
-        self, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache_layer: Tensor, rows: StepRows, buffers: StepBuffers
-    ) -> Tensor:
+    def attend(self, plan: AttentionPlan, cache_layer: Tensor, rows: StepRows, buffers: StepBuffers) -> Tensor:
         """Follows write_latents of the same rows -> [N, H]."""
         self._make_queries(rows)
         num_rows = rows.x.shape[0]
         for run in plan.runs:
             at = run.rows
             if at.stop - at.start < num_rows:  # a mixed batch: views of the run's rows
-                cos_sin, nope, rope = (cos[at], sin[at]), rows.q_nope[at], rows.q_rope[at]
+                cos_sin, nope, rope = (rows.cos[at], rows.sin[at]), rows.q_nope[at], rows.q_rope[at]
                 q, values = rows.q[at], rows.values[at]
             else:
-                cos_sin, nope, rope, q, values = (cos, sin), rows.q_nope, rows.q_rope, rows.q, rows.values
+                cos_sin, nope, rope = (rows.cos, rows.sin), rows.q_nope, rows.q_rope
+                q, values = rows.q, rows.values
             if run.absorbed:
                 self._absorbed(nope, rope, *cos_sin, run.plan, cache_layer, buffers, values)
             else:

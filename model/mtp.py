@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .deepseek import DecoderLayer, MicroBatch, OnLayer
 from .experts import ExpertBackend
 from .kv_cache import LatentCache
-from .mla import Segment, plan_attention
+from .mla import Segment
 from .network_weights import MtpWeights
 from .rope import RopeTable
 from .step_buffers import StepBuffers
@@ -48,7 +48,7 @@ class MtpModule:
         self._weights = weights
         self._rope = rope
         self._ops = weights.ops
-        self._buffers = StepBuffers(config, cache.dtype)
+        self._buffers = StepBuffers(config, cache.dtype, weights.ops)
         self._layer = DecoderLayer(config, weights.layer, config.num_hidden_layers, experts, weights.ops)
 
     @torch.inference_mode()
@@ -64,15 +64,13 @@ class MtpModule:
 
         `on_layer` is called with this layer's number when its latents are in the cache.
         """
-        plan = plan_attention(segments, self.config.latent_dim, self._ops)
-        assert len(plan.positions) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
+        part = MicroBatch.of(segments, self.config, self._ops, self._rope, self._buffers)
+        assert len(part.rows.x) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
         ops, weights, eps = self._ops, self._weights, self.config.rms_norm_eps
-        rows = self._buffers.rows(len(hidden))
         embedded = ops.rms_norm(weights.embed_tokens[next_ids], weights.enorm, eps)
         pair = torch.cat((embedded, ops.rms_norm(hidden, weights.hnorm, eps)), dim=-1)
-        ops.linear(pair, weights.eh_proj, out=rows.x)
-        part = MicroBatch(self._buffers, rows, plan, *self._rope(plan.positions))
-        self._layer.begin(part, self.cache, self.config.num_hidden_layers, on_layer)
+        ops.linear(pair, weights.eh_proj, out=part.rows.x)
+        self._layer.begin(part, self.cache.layers[self.config.num_hidden_layers], on_layer)
         self._layer.finish(part)
-        wanted = part.norm(ops, weights.shared_head_norm, eps, rows.normed)[logit_rows]
+        wanted = part.norm(ops, weights.shared_head_norm, eps, part.rows.normed)[logit_rows]
         return Drafted(ops.wide_linear(wanted, weights.shared_head), wanted)

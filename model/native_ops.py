@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels import native, native_attention, native_rows
+from ..kernels import native, native_attention, native_rows, native_tape
 from ..kernels.native import PackedMatrix, PackedStack
 from .config import ModelConfig
 
@@ -39,6 +40,9 @@ class NativeOps:
         """Torch computes nothing that is worth a second thread, and its idle ones would spin against ours."""
         torch.set_num_threads(1)
         native.set_threads(max_threads or num_threads)
+
+    def noted(self, work: Callable[[], object]) -> Callable[[], object]:
+        return native_tape.noted(work)
 
     def pack(self, weight: Tensor, is_gate_up: bool = False) -> PackedMatrix:
         return native.pack(weight, is_gate_up)
@@ -131,7 +135,13 @@ class NativeOps:
             q, cache_layer, kv_b, plan.start, plan.num, plan.block_table, softmax_scale, v_head_dim, out
         )
 
-    def route(self, logits: Tensor, correction_bias: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    def route(
+        self,
+        logits: Tensor,
+        correction_bias: Tensor | None,
+        config: ModelConfig,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         return native_rows.route(
             logits,
             correction_bias,
@@ -142,6 +152,7 @@ class NativeOps:
             config.topk_group,
             config.norm_topk_prob,
             config.routed_scaling_factor,
+            out,
         )
 
     def combine(self, shared: Tensor | None, rows: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:

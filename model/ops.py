@@ -6,6 +6,7 @@ one of them only (`family`). Weights are packed for a family and name it (`Atten
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,10 @@ class Ops(Protocol):
 
         `max_threads`: as many may be used where idle ones leave the cores to other workers.
         """
+        ...
+
+    def noted(self, work: Callable[[], object]) -> Callable[[], object] | None:
+        """Runs the work; returns what makes its calls again over the same memory, or None where that is no faster."""
         ...
 
     def pack(self, weight: Tensor, is_gate_up: bool = False) -> Matrix:
@@ -139,7 +144,13 @@ class Ops(Protocol):
         """q: [num, heads, d_nope + d_rope] -> [num, heads, d_v]."""
         ...
 
-    def route(self, logits: Tensor, correction_bias: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    def route(
+        self,
+        logits: Tensor,
+        correction_bias: Tensor | None,
+        config: ModelConfig,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """logits: fp32 [M, E] -> topk_idx int64 [M, k], topk_weights fp32 [M, k]."""
         ...
 

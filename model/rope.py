@@ -29,6 +29,12 @@ class RopeTable:
         cos, sin = self._cos[positions], self._sin[positions]
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
+    def fill(self, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """What a call returns, into memory of the caller's."""
+        half = self._cos.shape[1]
+        for table, out in ((self._cos, cos), (self._sin, sin)):
+            out.view(-1, 2, half).copy_(table.index_select(0, positions)[:, None])
+
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """[qk_rope_head_dim / 2] fp32; YaRN keeps the fast pairs, slows the slow ones by `factor`, blends between."""

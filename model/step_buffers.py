@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .ops import Ops
+from .tapes import Tapes
+
+MAX_VIEWS = 128  # sets of views that are kept, one for each number of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,8 @@ class StepRows:
     normed: Tensor  # [N, H]
     delta: Tensor  # [N, H], what a half layer adds to x
     shared: Tensor  # [N, H], the shared expert's rows
+    cos: Tensor  # fp32 [N, d_rope]
+    sin: Tensor
     qkv_a: Tensor  # [N, q_lora + latent_dim]
     q_a: Tensor  # [N, q_lora]: its front, or the queries themselves where there is no q_lora
     latent: Tensor  # [N, latent_dim]: its rest
@@ -29,6 +35,8 @@ class StepRows:
     values: Tensor  # [N, heads, d_v]
     values_flat: Tensor  # [N, heads * d_v]
     gate: Tensor  # fp32 [N, E]
+    topk_idx: Tensor  # int64 [N, k]
+    topk_weights: Tensor  # fp32 [N, k]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +49,53 @@ class AbsorbedRows:
     attended: Tensor  # [R, heads, kv_lora]
 
 
-class StepBuffers:
-    """For one micro-batch at a time."""
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Where a batch of absorbed rows only says what it wants: the same memory in every step of that many rows."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    positions: Tensor  # int64 [N]
+    slots: Tensor  # int64 [N]
+    block_tables: Tensor  # int64 [N, width]
+
+
+class StepBuffers:
+    """For one micro-batch at a time. `tapes` hold addresses in here and are forgotten when memory moves."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, ops: Ops) -> None:
+        self.tapes = Tapes(ops)
         self._config = config
         self._dtype = dtype
         self._memory: dict[str, Tensor] = {}
         self._rows: dict[int, StepRows] = {}
         self._absorbed: dict[int, AbsorbedRows] = {}
+        self._inputs: dict[tuple[int, int], DecodeInputs] = {}
 
     def rows(self, num: int) -> StepRows:
         if num not in self._rows:
+            if len(self._rows) == MAX_VIEWS:
+                self._rows.clear()
             made = self._make_rows(num)  # forgets all views where their memory was not enough
             self._rows[num] = made
         return self._rows[num]
 
     def absorbed(self, num: int) -> AbsorbedRows:
         if num not in self._absorbed:
+            if len(self._absorbed) == MAX_VIEWS:
+                self._absorbed.clear()
             made = self._make_absorbed(num)
             self._absorbed[num] = made
         return self._absorbed[num]
+
+    def decode_inputs(self, num: int, width: int) -> DecodeInputs:
+        """`width`: blocks that the tables must have room for; they get room for up to twice as many."""
+        key = num, 1 << max(width - 1, 0).bit_length()
+        if key not in self._inputs:
+            if len(self._inputs) == MAX_VIEWS:
+                self._inputs.clear()
+                self.tapes.forget()
+            rows = torch.empty(2, num, dtype=torch.int64)
+            self._inputs[key] = DecodeInputs(rows[0], rows[1], torch.zeros(key, dtype=torch.int64))
+        return self._inputs[key]
 
     def _make_rows(self, num: int) -> StepRows:
         config, hidden, heads = self._config, self._config.hidden_size, self._config.num_attention_heads
@@ -77,6 +111,8 @@ class StepBuffers:
             normed=self._take("normed", num, hidden),
             delta=self._take("delta", num, hidden),
             shared=self._take("shared", num, hidden),
+            cos=self._take("cos", num, config.qk_rope_head_dim, torch.float32),
+            sin=self._take("sin", num, config.qk_rope_head_dim, torch.float32),
             qkv_a=qkv_a,
             q_a=q_a,
             latent=qkv_a[:, q_a_width:],
@@ -88,6 +124,8 @@ class StepBuffers:
             values=values.view(num, heads, config.v_head_dim),
             values_flat=values,
             gate=self._take("gate", num, config.n_routed_experts or 0, torch.float32),
+            topk_idx=self._take("topk_idx", num, config.num_experts_per_tok or 0, torch.int64),
+            topk_weights=self._take("topk_weights", num, config.num_experts_per_tok or 0, torch.float32),
         )
 
     def _make_absorbed(self, num: int) -> AbsorbedRows:
@@ -100,6 +138,6 @@ class StepBuffers:
         memory = self._memory.get(name)
         if memory is None or memory.shape[0] < num:
             memory = self._memory[name] = torch.empty(num, width, dtype=dtype or self._dtype)
-            self._rows.clear()
-            self._absorbed.clear()
+            (self._absorbed if name in ("absorbed", "attended") else self._rows).clear()
+            self.tapes.forget()
         return memory[:num]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,9 @@ class TorchOps:
     def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
         """Of the calling thread: OpenMP counts per thread. Its idle threads spin: no more than the share of cores."""
         torch.set_num_threads(num_threads)
+
+    def noted(self, work: Callable[[], object]) -> None:
+        work()
 
     def pack(self, weight: Tensor, is_gate_up: bool = False) -> Tensor:
         return reference.packed(weight) if self.is_packing else weight
@@ -119,8 +123,14 @@ class TorchOps:
     ) -> Tensor:
         return _into(out, attention.mla_prefill(q, cache_layer, kv_b, plan, softmax_scale, v_head_dim))
 
-    def route(self, logits: Tensor, correction_bias: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor]:
-        return route(
+    def route(
+        self,
+        logits: Tensor,
+        correction_bias: Tensor | None,
+        config: ModelConfig,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        topk_idx, topk_weights = route(
             logits,
             correction_bias,
             config.scoring_func,
@@ -131,6 +141,7 @@ class TorchOps:
             config.norm_topk_prob,
             config.routed_scaling_factor,
         )
+        return (topk_idx, topk_weights) if out is None else (out[0].copy_(topk_idx), out[1].copy_(topk_weights))
 
     def combine(self, shared: Tensor | None, rows: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
         return _into(out, reference.combine(shared, rows, topk_weights))

@@ -44,12 +44,17 @@ class WatchedOps(TorchOps):
 
 
 def step_rows(num: int) -> StepRows:
-    return StepBuffers(small_model("v3").config, torch.float32).rows(num)
+    return StepBuffers(small_model("v3").config, torch.float32, TorchOps()).rows(num)
 
 
 def forward(layer: FeedForward, x: Tensor) -> Tensor:
     rows = step_rows(len(x))
-    return layer.finish(layer.begin(x, rows), rows)
+    layer.mlp_or_route(x, rows)
+    if layer.is_dense:
+        return rows.delta
+    handle = layer.dispatch(x, rows)
+    layer.run_shared(x, rows)
+    return layer.combine(handle, rows)
 
 
 def test_shared_expert_runs_between_dispatch_and_collect() -> None:
