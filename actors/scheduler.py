@@ -143,21 +143,24 @@ class Scheduler:
         return replace(chunk, drafts=tuple(sequence.drafts[:fitting]))
 
     def _prompt_chunks(self, budget: int) -> Plan:
-        chunks: Plan = []
-        begun = deque(sorted((s for s in self.prefilling if s.state == "prefill"), key=_rank))
+        """Rows go to the prompt with least left, so that none waits behind a long one; half of them to the oldest."""
+        begun = sorted((s for s in self.prefilling if s.state == "prefill"), key=_rank)
+        rows = {sequence: min(budget // 2, _left(sequence)) for sequence in begun[:1]}
+        budget -= sum(rows.values())
+        shortest = deque(sorted(begun, key=_urgency))
         while budget > 0:
             head = self.waiting.peek()
-            is_head_next = head is not None and (not begun or head.priority < begun[0].priority)
+            is_head_next = head is not None and (not shortest or _urgency(head) < _urgency(shortest[0]))
             if head is not None and is_head_next and self._admit(head):
                 sequence = head
-            elif begun:
-                sequence = begun.popleft()
+            elif shortest:
+                sequence = shortest.popleft()
             else:
                 break
-            num = min(budget, sequence.num_prompt - sequence.num_computed)
-            chunks.append(Chunk(sequence, sequence.num_computed, num, absorbed=False))
+            num = min(budget, _left(sequence) - rows.get(sequence, 0))
+            rows[sequence] = rows.get(sequence, 0) + num
             budget -= num
-        return chunks
+        return [Chunk(sequence, sequence.num_computed, num, absorbed=False) for sequence, num in rows.items() if num]
 
     def _admit(self, sequence: Sequence) -> bool:
         """The head of the queue gets its blocks; one that does not fit yet keeps its place, and no other overtakes."""
@@ -273,6 +276,15 @@ class Scheduler:
 def _rank(sequence: Sequence) -> tuple[int, int]:
     """Small for what comes first: it is given blocks before others, and preempted after them."""
     return sequence.priority, sequence.order
+
+
+def _urgency(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.priority, _left(sequence), sequence.order
+
+
+def _left(sequence: Sequence) -> int:
+    """Prompt rows to be computed, as far as is known: of one that waits, some may be cached."""
+    return sequence.num_prompt - sequence.num_computed
 
 
 def _reaches(sequence: Sequence, num_positions: int) -> bool:

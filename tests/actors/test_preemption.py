@@ -132,15 +132,35 @@ def test_a_worse_priority_is_preempted_first_whenever_it_came() -> None:
     assert_undisturbed(worker, worse, *better)
 
 
-def test_a_better_priority_overtakes_a_long_prompt() -> None:
-    worker = ScheduledWorker.of(20, max_batch_tokens=64)
+def test_a_short_prompt_does_not_wait_for_a_long_one_which_gets_half_of_the_rows() -> None:
+    worker = ScheduledWorker.of(60, max_batch_tokens=64)
     submit(worker, "long", LONG[:900], max_tokens=1)
     worker.step()
-    submit(worker, "later", LONG[:10], max_tokens=1)
-    submit(worker, "urgent", [9] * 10, max_tokens=1, priority=-1)
-    assert [chunk.sequence.id for chunk in worker.step()] == ["urgent", "long"]
+    for number in range(4):
+        submit(worker, f"short {number}", [number] * 20, max_tokens=1)
+    assert {chunk.sequence.id: chunk.num for chunk in worker.step()} == {"long": 32, "short 0": 20, "short 1": 12}
+    assert {chunk.sequence.id: chunk.num for chunk in worker.step()} == {
+        "long": 32,
+        "short 1": 8,
+        "short 2": 20,
+        "short 3": 4,
+    }
+    submit(worker, "longer", [9] * 950, max_tokens=1)
+    assert {chunk.sequence.id: chunk.num for chunk in worker.step()} == {"long": 48, "short 3": 16}
     worker.run()
-    assert worker.finished == ["urgent", "long", "later"]
+    assert worker.finished == [*(f"short {number}" for number in range(4)), "long", "longer"]
+
+
+def test_a_better_priority_overtakes_whatever_is_left_of_others() -> None:
+    worker = ScheduledWorker.of(60, max_batch_tokens=64)
+    submit(worker, "long", LONG[:600], max_tokens=1)
+    worker.step()
+    submit(worker, "short", [8] * 10, max_tokens=1)
+    submit(worker, "urgent", [9] * 800, max_tokens=1, priority=-1)
+    assert {chunk.sequence.id: chunk.num for chunk in worker.step()} == {"long": 32, "urgent": 32}
+    assert {chunk.sequence.id: chunk.num for chunk in worker.step()} == {"urgent": 64}
+    worker.run()
+    assert worker.finished == ["urgent", "short", "long"]
 
 
 def test_who_floods_the_worker_waits_for_himself() -> None:
