@@ -15,6 +15,7 @@ from .spin import Patience, spin
 
 MAX_MESSAGES_A_TURN = 256  # of one link in one poll, so that a talkative peer cannot starve the others
 MAX_READY = 64
+MAX_UNASKED = 8  # polls in a row that find messages in rings and so leave the epoll, a system call, for later
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Reactor:
         self._rings: dict[Link, int] = {}
         self._ring_words: tuple[int, ...] = ()
         self._patience = Patience()
+        self._num_unasked = 0
         self._unfinished: dict[Link, None] = {}  # links whose turn ended before their bytes did
 
     def add(self, link: Link) -> None:
@@ -86,13 +88,10 @@ class Reactor:
         is_dozing = timeout_s != 0 and not due and bool(self._rings)
         if due or (is_dozing and not doze(self._ring_words)):
             timeout_s = 0
-        for fd, mask in self._epoll.poll(-1 if timeout_s is None else timeout_s, MAX_READY):
-            if fd == self._wake_fd:
-                os.eventfd_read(fd)
-            else:
-                link = self._links[fd]
-                link.ready(fd, mask)
-                due[link] = None
+        self._num_unasked = self._num_unasked + 1 if due else MAX_UNASKED
+        if self._num_unasked >= MAX_UNASKED:
+            self._num_unasked = 0
+            self._ask_epoll(timeout_s, due)
         if is_dozing:
             rouse(self._ring_words)
             self._look(due)
@@ -102,6 +101,15 @@ class Reactor:
         while self._joining:
             self._admit(self._joining.popleft(), events)
         return events
+
+    def _ask_epoll(self, timeout_s: float | None, due: dict[Link, None]) -> None:
+        for fd, mask in self._epoll.poll(-1 if timeout_s is None else timeout_s, MAX_READY):
+            if fd == self._wake_fd:
+                os.eventfd_read(fd)
+            else:
+                link = self._links[fd]
+                link.ready(fd, mask)
+                due[link] = None
 
     def _look(self, due: dict[Link, None]) -> None:
         """Adds the links whose rings hold something new."""
