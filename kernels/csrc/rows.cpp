@@ -1,6 +1,7 @@
 // What is done row by row between the products: norms, rotary positions, the cache's latents, the sum of a token's
 // experts.
 #include <algorithm>
+#include <type_traits>
 
 #include "arguments.hpp"
 #include "pool.hpp"
@@ -21,6 +22,14 @@ void for_rows(int rows, ptrdiff_t width, Body&& body) {
         const int end = std::min((chunk + 1) * chunk_rows, rows);
         for (int row = chunk * chunk_rows; row < end; ++row) body(row);
     });
+}
+
+// body(at, lanes) for each vector of a row; whole ones are told apart at compile time, as masks slow memory down.
+template <class Body>
+inline void for_vectors(int size, Body&& body) {
+    int at = 0;
+    for (; at + LANES <= size; at += LANES) body(at, std::integral_constant<__mmask16, 0xffff>());
+    if (at < size) body(at, first_lanes(size - at));
 }
 
 template <class T>
@@ -46,11 +55,10 @@ void rms_norm_row(T* x, const T* delta, const T* weight, float eps, int size, T*
     for (int chain = 0; at < size; at += LANES, ++chain) add_square(at, first_lanes(size - at), chain);
     const float mean = _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])) / static_cast<float>(size);
     const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(_mm512_set1_ps(mean + eps)));
-    for (at = 0; at < size; at += LANES) {
-        const __mmask16 lanes = first_lanes(size - at);
-        const __m512 normed = rounded<T>(_mm512_mul_ps(load(x + at, lanes), factor));
-        store(out + at, _mm512_mul_ps(load(weight + at, lanes), normed), lanes);
-    }
+    for_vectors(size, [&](int place, auto lanes) {
+        const __m512 normed = rounded<T>(_mm512_mul_ps(load(x + place, lanes), factor));
+        store(out + place, _mm512_mul_ps(load(weight + place, lanes), normed), lanes);
+    });
 }
 
 // The pairs' first and second members, 16 pairs from pair `at` on.
@@ -95,15 +103,14 @@ void rope_row(const T* x, const float* cos, const float* sin, int half, bool int
 // shared + rows[0] * weights[0] + rows[1] * weights[1] ..., each product and sum rounded to fp32, the end to T.
 template <class T>
 void combine_row(const T* shared, const T* rows, ptrdiff_t stride, const float* weights, int slots, int size, T* out) {
-    for (int at = 0; at < size; at += LANES) {
-        const __mmask16 lanes = first_lanes(size - at);
+    for_vectors(size, [&](int at, auto lanes) {
         __m512 total = shared ? load(shared + at, lanes) : _mm512_setzero_ps();
         for (int slot = 0; slot < slots; ++slot) {
             const __m512 row = load(rows + slot * stride + at, lanes);
             total = _mm512_add_ps(total, _mm512_mul_ps(row, _mm512_set1_ps(weights[slot])));
         }
         store(out + at, total, lanes);
-    }
+    });
 }
 
 template <class T>
