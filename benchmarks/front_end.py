@@ -98,11 +98,12 @@ async def measure(args: argparse.Namespace, secret: bytes) -> dict[str, Any]:
     worker = _worker()
     tokenizer = Tokenizer(args.model)
     core = await _core(worker, secret, args.model, tokenizer)
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{GRPC_PORT}")
+    channel = grpc.insecure_channel(f"127.0.0.1:{GRPC_PORT}")
+    many = grpc.aio.insecure_channel(f"127.0.0.1:{GRPC_PORT}")
     ways: dict[str, Ask] = {
         "engine": Engine(worker, secret, tokenizer).ask,
         "core": lambda prompt, num: _ask_core(core, tokenizer, prompt, num),
-        "grpc": lambda prompt, num: _ask_grpc(channel, prompt, num),
+        "grpc": lambda prompt, num: _ask_grpc_first(channel, prompt),
         "http": lambda prompt, num: _ask_http(HTTP_PORT, prompt, num),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -111,8 +112,10 @@ async def measure(args: argparse.Namespace, secret: bytes) -> dict[str, Any]:
             taken, _ = await ask(_prompt(args.words), 1)
             if turn >= 5:  # the first ones warm up
                 times[name].append(1e3 * taken)
+    ways["grpc"] = lambda prompt, num: _ask_grpc(many, prompt, num)
     cpu = {name: await _cpu_per_token(ways[name], args) for name in ("grpc", "http")}
-    await channel.close()
+    channel.close()
+    await many.close()
     await core.close()
     return {"ttft_ms": times, "tokenize_ms": _tokenize_ms(tokenizer, args.words), "cpu_us_per_token": cpu}
 
@@ -169,6 +172,15 @@ async def _ask_core(core: FrontEnd, tokenizer: Tokenizer, prompt: str, max_token
             first = first or time.perf_counter() - began
             count += len(delta.token_ids)
     return first, count
+
+
+async def _ask_grpc_first(channel: grpc.Channel, prompt: str) -> tuple[float, int]:
+    """One token. gRPC's client for asyncio takes a millisecond itself, this one does not."""
+    began = time.perf_counter()
+    sampling = pb.Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
+    responses = braid_v1_pb2_grpc.BraidStub(channel).Generate(pb.GenerateRequest(text=prompt, sampling=sampling))
+    next(iter(responses))
+    return time.perf_counter() - began, 1
 
 
 async def _ask_grpc(channel: Any, prompt: str, max_tokens: int) -> tuple[float, int]:

@@ -131,7 +131,9 @@ def test_other_topologies_give_the_same_bits(
     other = {
         "colocated": lambda: ProcessCluster(checkpoint, tmp_path, experts="colocated", kv_tokens=4096),
         "both": lambda: ProcessCluster(checkpoint, tmp_path, prefill=0, experts=3, replicas=1, kv_tokens=4096),
-        "tcp": lambda: ProcessCluster(checkpoint, tmp_path, experts=1, transport="tcp", kv_tokens=4096),
+        "tcp": lambda: ProcessCluster(
+            checkpoint, tmp_path, experts=1, transport="tcp", kv_tokens=4096, kv_checksums=True
+        ),
     }[shape]()
     answers = other.generate(PROMPTS[2:5], params)
     other.front.wait_baseline()
