@@ -35,10 +35,10 @@ proto: $(VENV)/.installed-dev
 	$(BIN)/python tests/cluster/make_stubs.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info */*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The stamps make a second call cost nothing; a change of the dependencies or of the native kernels installs again.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*) | $(VENV)/bin/pip
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard */csrc/*) | $(VENV)/bin/pip
 	@echo "Installing braid into $(VENV) (a few minutes the first time)"
 	$(PIP) $(CONSTRAINTS) --editable .
 	@touch $@

@@ -1,5 +1,6 @@
 """The wheel must hold every file of every room: setuptools leaves out what is not listed, in silence."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -9,8 +10,9 @@ ROOT = Path(__file__).parent.parent
 def test_wheel_holds_every_file_of_every_room(wheel: Path) -> None:
     rooms = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
     files = {f"braid/{path.relative_to(ROOT)}" for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()}
-    files = {name for name in files if "__pycache__" not in name and "/csrc/" not in name}  # sources of what is built
-    wanted = files | {"braid/__init__.py", "braid/py.typed", "braid/kernels/_native.abi3.so"}
+    files = {name for name in files if not re.search(r"/__pycache__/|/csrc/|\.so$", name)}
+    built = {f"braid/{room}/_native.abi3.so" for room in ("actors", "kernels")}
+    wanted = files | built | {"braid/__init__.py", "braid/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if not name.startswith("braid_serve-")}
     assert wanted - held == set(), "missing from the wheel: name them in pyproject.toml"
