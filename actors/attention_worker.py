@@ -50,6 +50,8 @@ class ColocatedExperts(LocalExperts):
     """Experts in the same process: the same bits, no hops, nothing that can be lost."""
 
     phase = 0
+    wait_s = 0.0
+    has_waits = False
 
     def take_failed(self) -> dict[int, str]:
         return {}
@@ -105,6 +107,8 @@ class AttentionWorker:
             module = MtpModule(config, self._weights.mtp[0], cache, self.experts, model.rope)
             self.drafter = Drafter(config, module, self.experts)
         self.engine = Engine(config, model, self.experts, self.requests, self.drafter)
+        if isinstance(self.experts, RemoteExperts):
+            self.experts.while_waiting = self.requests.peers.flush
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
         return replace(self.endpoint.info, kernels=ops.family)
@@ -168,7 +172,9 @@ class AttentionWorker:
         return load
 
     def _counters(self) -> dict[str, float]:
-        return dict(self.requests.counters) | self._cache_counters() | self._draft_counters() | self._hop_counters()
+        steps = {"forward_s": round(self.engine.forward_s, 6), "host_s": round(self.engine.host_s, 6)}
+        counted = dict(self.requests.counters) | steps
+        return counted | self._cache_counters() | self._draft_counters() | self._hop_counters()
 
     def _cache_counters(self) -> dict[str, float]:
         scheduler = self.requests.scheduler
@@ -191,6 +197,10 @@ class AttentionWorker:
             "dispatch_bytes": counters.bytes_out,
             "combine_bytes": counters.bytes_in,
             "dispatch_resent": counters.resent,
+            "hops_timed": counters.timed,
+            "hop_serialise_s": round(counters.serialise_s, 6),
+            "hop_wire_s": round(counters.wire_s, 6),
+            "hop_queue_s": round(counters.queue_s, 6),
             "expert_wait_s": round(counters.wait_s, 6),
             "expert_compute_s": round(counters.compute_s, 6),
             **balance,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +31,10 @@ from .wire import DTYPE_CODES, rows_from
 DISPATCH_DEADLINE_S = 30.0  # a prefill chunk on a busy CPU takes seconds; a hung worker must still be told apart
 BIAS_INTERVAL = 16  # steps between two updates of the replica bias and its table
 NUMBER = struct.Struct("<Q")  # how the meta of ROWS begins
+
+
+def _nothing() -> None:
+    pass
 
 
 class Mail(Protocol):
@@ -85,14 +89,19 @@ class Counters:
     wire_s: float = 0.0  # both ways, of the timed hops
     queue_s: float = 0.0
     compute_s: float = 0.0
-    reply_s: float = 0.0
     wait_s: float = 0.0
 
 
 class RemoteExperts:
-    """The ExpertBackend of a disaggregated attention worker. Used by the engine thread only."""
+    """The ExpertBackend of a disaggregated attention worker. Used by the engine thread only.
+
+    `while_waiting` is called when rows are away: what need not be done before they leave is done there.
+    """
+
+    has_waits = True
 
     def __init__(self, mail: Mail, num_experts: int) -> None:
+        self.while_waiting: Callable[[], None] = _nothing
         self.mail = mail
         self.counters = Counters()
         self.epoch = 0
@@ -112,6 +121,11 @@ class RemoteExperts:
         self._payload_bytes = self._payload.data
         self._collecting_since = 0.0
         self.loads: npt.NDArray[np.int64] = np.zeros((0, num_experts), dtype=np.int64)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for rows so far."""
+        return self.counters.wait_s
 
     def set_map(self, expert_map: ExpertMap, links: Mapping[str, Link]) -> None:
         """Swaps to a published map. Between steps only: no handle is open then."""
@@ -155,6 +169,8 @@ class RemoteExperts:
         Rows of other open handles that come meanwhile are taken in too.
         """
         self._collecting_since = started = time.monotonic()
+        if handle.pending:
+            self.while_waiting()
         while handle.pending:
             nearest = min(part.expires for part in handle.pending.values())
             events = deque(self.mail.poll(max(nearest - time.monotonic(), 0.0)))
@@ -288,7 +304,6 @@ class RemoteExperts:
             counters.wire_s += time.monotonic() - part.sent - held_s
         counters.queue_s += queue_ns / 1e9
         counters.compute_s += compute_ns / 1e9
-        counters.reply_s += (held_ns - queue_ns - compute_ns) / 1e9
         counters.bytes_in += len(message.payload)
 
     def _forget(self, number: int, part: Part) -> None:

@@ -29,6 +29,10 @@ class ExpertSide(Protocol):
     """What the engine asks of dispatch besides the model's ExpertBackend; colocated experts never fail."""
 
     phase: int
+    has_waits: bool  # whether it calls `while_waiting` in every pass, while rows are away
+
+    @property
+    def wait_s(self) -> float: ...
 
     def take_failed(self) -> dict[int, str]: ...
 
@@ -64,7 +68,7 @@ class Drafting:
         return held if self.end == start else []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Computed:
     """Positions [start, start + num) of a sequence, which are known to stay: rows from `row` on of a step's batch."""
 
@@ -105,6 +109,7 @@ class Drafter:
         self.speculation = Speculation()
         self.num_drafted = 0
         self.num_accepted = 0
+        self._module_s = 0.0
 
     def verified(self, sequence: Sequence, num_drafted: int, num_reached: int, num_accepted: int) -> None:
         """Of the drafts of one step, how many there were, were looked at before the sequence ended, and have stayed."""
@@ -114,8 +119,12 @@ class Drafter:
             total.num_accepted += num_accepted
         self.speculation.verified(drafting.acceptance, num_reached, num_accepted)
 
-    def run(self, computed: list[Computed], hidden: Tensor, num_decoding: int, on_layer: OnLayer | None) -> None:
-        """Leaves drafts with the sequences. hidden: [N, H] of the step; `on_layer` hears when its rows are written."""
+    def run(self, computed: list[Computed], hidden: Tensor, num_decoding: int, on_layer: OnLayer | None) -> float:
+        """Leaves drafts with the sequences; returns the seconds that the module took.
+
+        hidden: [N, H] of the step; `on_layer` hears when its rows are written.
+        """
+        spent = self._module_s
         self.speculation.start(num_decoding)
         pending, depths = Pass(), {}
         for each in computed:
@@ -137,6 +146,7 @@ class Drafter:
         while pending.segments:
             pending = self._after(self._run(pending, on_layer), depths)
             on_layer = None
+        return self._module_s - spent
 
     def _drafting(self, sequence: Sequence) -> Drafting:
         if sequence.drafting is None:
@@ -164,6 +174,7 @@ class Drafter:
             drafted = self.module.draft(_gathered(pending.hidden), next_ids, pending.segments, logit_rows, on_layer)
         finally:
             lost_rows = self.experts.take_failed()  # these get no draft, which is all the harm it does
+        self._module_s += time.perf_counter() - started
         sampler, guessed = Sampler(drafted.logits), []
         for place, (sequence, row) in enumerate(pending.wanted):
             token_id = None if row in lost_rows else self._guess(sampler, place, sequence)

@@ -13,6 +13,7 @@ from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, Segment
 from ..model.sampler import NothingToSample, SampledToken, Sampler, prompt_logprobs
 from .drafter import Computed, Drafter, ExpertSide
+from .overlap import Overlap
 from .requests import Requests, wire_logprob
 from .scheduler import Chunk, Plan
 from .sequence import Sequence
@@ -35,14 +36,24 @@ class Engine:
         self.requests = requests
         self.scheduler = requests.scheduler
         self.drafter = drafter
+        self.forward_s = 0.0  # in the network, the wait for expert rows among it
+        self.host_s = 0.0  # the rest of the steps that had something to run
+        self.overlap = Overlap()
 
     def step(self) -> bool:
-        """Runs one batch and sends what came of it. False when there was nothing to run."""
+        """Runs one batch. False when there was nothing to run.
+
+        What came of it leaves at once, or, where experts are remote, when the next batch's rows are away at them.
+        """
+        started, forward_s = time.perf_counter(), self.forward_s
         self.requests.expire()
         plan = self.scheduler.plan()
         if plan:
             self._run(plan)
-        self.requests.peers.flush()
+        if not plan or not self.experts.has_waits:
+            self.requests.peers.flush()
+        if plan:
+            self.host_s += time.perf_counter() - started - (self.forward_s - forward_s)
         return bool(plan)
 
     def _run(self, plan: Plan) -> None:
@@ -54,10 +65,15 @@ class Engine:
             chunk.sequence.started_ns = chunk.sequence.started_ns or now
         self.experts.phase = 0 if len(prompts) < len(plan) else 1
         on_layer = self.requests.layer_sender(plan)
+        phase, num_rows, waited = self.experts.phase, len(batch.token_ids), self.experts.wait_s
+        count = self.overlap.choose(phase, num_rows)
+        begun = time.perf_counter()
         try:
-            output = self.model.forward(batch, on_layer)
+            output = self.model.forward(batch, on_layer, count)
         finally:
             lost_rows = self.experts.take_failed()  # rows of this batch: none may be left for the next one
+        self.forward_s += time.perf_counter() - begun
+        self.overlap.observe(phase, num_rows, count, time.perf_counter() - started, self.experts.wait_s - waited)
         self.experts.end_step()
         self.requests.counters["steps"] += 1
         self.requests.counters["tokens"] += len(batch.token_ids)
@@ -65,7 +81,7 @@ class Engine:
         if self.drafter is not None:
             if not prompts:
                 self.drafter.speculation.verify_costs.observe(len(batch.token_ids), time.perf_counter() - started)
-            self.drafter.run(computed, output.hidden, len(self.scheduler.decoding), on_layer)
+            self.forward_s += self.drafter.run(computed, output.hidden, len(self.scheduler.decoding), on_layer)
         self.requests.hand_over_ready(plan)
 
     def _postprocess(self, plan: Plan, logits: torch.Tensor, lost_rows: dict[int, str]) -> list[Computed]:
@@ -73,13 +89,13 @@ class Engine:
         sampler, computed = Sampler(logits), []
         row = logit_row = 0
         for chunk in plan:
-            has_sampled, num_logits = chunk.is_last, _num_logit_rows(chunk)
-            lost = {place - row: lost_rows[place] for place in lost_rows if row <= place < row + chunk.num_rows}
-            num_drafts = min([len(chunk.drafts), *(place - chunk.num for place in lost)])
-            if num_drafts < 0:
-                self.requests.fail(chunk.sequence, "unavailable", lost[min(lost)])
-            elif self._score_prompt(chunk, logits[logit_row : logit_row + num_logits]):
-                last_row = logit_row + num_logits - len(chunk.drafts) - 1
+            has_sampled, num_logits, num_drafts = chunk.is_last, _num_logit_rows(chunk), len(chunk.drafts)
+            lost = min((place for place in lost_rows if row <= place < row + chunk.num_rows), default=None)
+            if lost is not None and lost < row + chunk.num:
+                self.requests.fail(chunk.sequence, "unavailable", lost_rows[lost])
+            elif not _scores_prompt(chunk) or self._score_prompt(chunk, logits[logit_row : logit_row + num_logits]):
+                last_row = logit_row + num_logits - num_drafts - 1
+                num_drafts = num_drafts if lost is None else lost - row - chunk.num
                 num_accepted = self._sample(chunk, num_drafts, sampler, last_row) if has_sampled else 0
                 if not has_sampled:
                     self.scheduler.computed(chunk)
@@ -90,13 +106,12 @@ class Engine:
         return computed
 
     def _score_prompt(self, chunk: Chunk, logits: torch.Tensor) -> bool:
-        """Log-probabilities of the prompt where they are wanted; False when there is no sense in the logits."""
-        if _scores_prompt(chunk):
-            try:
-                _extend_prompt_logprobs(chunk, logits)
-            except NothingToSample as error:
-                self.requests.fail(chunk.sequence, "internal", str(error))
-                return False
+        """False when there is no sense in the logits."""
+        try:
+            _extend_prompt_logprobs(chunk, logits)
+        except NothingToSample as error:
+            self.requests.fail(chunk.sequence, "internal", str(error))
+            return False
         return True
 
     def _sample(self, chunk: Chunk, num_drafts: int, sampler: Sampler, row: int) -> int:
@@ -118,10 +133,9 @@ class Engine:
                     break
         except NothingToSample as error:  # ends this sequence, and no other of the batch
             failure = error
-        num_accepted = sum(
-            token.token_id == draft for token, draft in zip(tokens, chunk.drafts[:num_drafts], strict=False)
-        )
         if self.drafter is not None and chunk.drafts:
+            pairs = zip(tokens, chunk.drafts[:num_drafts], strict=False)
+            num_accepted = sum(token.token_id == draft for token, draft in pairs)
             self.drafter.verified(sequence, len(chunk.drafts), min(num_drafts, len(tokens)), num_accepted)
         if tokens:
             self.scheduler.computed(chunk, len(tokens) - 1)

@@ -78,7 +78,7 @@ class ScriptedModel:
         self.cache = cache
         self.defect: str | None = None
 
-    def forward(self, batch: Batch, on_layer: Any = None) -> ForwardOutput:
+    def forward(self, batch: Batch, on_layer: Any = None, micro_batches: int = 1) -> ForwardOutput:
         positions: list[int] = []
         for layer in range(len(self.cache.layers)):
             for segment in batch.segments:
@@ -112,6 +112,8 @@ def slots(table: list[int], num: int) -> torch.Tensor:
 
 class ScriptedExperts:
     phase = 0
+    wait_s = 0.0
+    has_waits = False
 
     def __init__(self) -> None:
         self.failed: dict[int, str] = {}

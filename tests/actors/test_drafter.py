@@ -47,7 +47,7 @@ class MarkovModel:
         self.table = table
         self.num_rows = 0
 
-    def forward(self, batch: Batch, on_layer: Any = None) -> ForwardOutput:
+    def forward(self, batch: Batch, on_layer: Any = None, micro_batches: int = 1) -> ForwardOutput:
         self.num_rows += len(batch.token_ids)
         hidden = torch.tensor(list(zip(rows_of(batch.segments), batch.token_ids.tolist(), strict=True))).float()
         return ForwardOutput(self.table[batch.token_ids[batch.logit_rows]], hidden)
@@ -229,7 +229,7 @@ def test_a_draft_whose_expert_is_lost_counts_as_wrong_and_nothing_fails(make: Ma
     loop = make(target, target)
     forward, dice = loop.model.forward, np.random.default_rng(0)
 
-    def losing(batch: Batch, on_layer: Any = None) -> ForwardOutput:
+    def losing(batch: Batch, on_layer: Any = None, micro_batches: int = 1) -> ForwardOutput:
         row = 0
         for segment in batch.segments:
             if segment.absorbed and segment.num > 1:
@@ -248,7 +248,7 @@ def test_a_known_row_whose_expert_is_lost_fails_its_sequence_only(make: Make) ->
     loop = make(target, target)
     forward = loop.model.forward
 
-    def losing(batch: Batch, on_layer: Any = None) -> ForwardOutput:
+    def losing(batch: Batch, on_layer: Any = None, micro_batches: int = 1) -> ForwardOutput:
         if len(batch.segments) == 3 and all(segment.absorbed for segment in batch.segments):
             loop.worker.experts.failed[batch.segments[0].num] = "no live replica"  # the second one's first row
         return forward(batch, on_layer)
