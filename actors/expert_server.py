@@ -55,15 +55,18 @@ class ExpertServer:
         self._hidden, self._num_experts, self._dtype = hidden, num_experts, dtype
         self._row_bytes = hidden * dtype.itemsize
         self._buffers = RowBuffers()
+        self._jobs: list[Job] = []
 
     def serve(self, mail: Mail, is_stopping: Callable[[], bool]) -> None:
-        jobs: list[Job] = []
         while not is_stopping():
-            events = mail.poll(0.0 if jobs else IDLE_S)
-            jobs += jobs_of(events, self._hidden, self._num_experts, self._dtype)
-            if jobs:
-                batch, jobs = next_batch(jobs, time.monotonic())
-                self._compute(batch)
+            self.turn(mail.poll(0.0 if self._jobs else IDLE_S))
+
+    def turn(self, events: list[Event]) -> None:
+        """Takes in what has come, and computes the batch whose turn it is."""
+        self._jobs += jobs_of(events, self._hidden, self._num_experts, self._dtype)
+        if self._jobs:
+            batch, self._jobs = next_batch(self._jobs, time.monotonic())
+            self._compute(batch)
 
     def _compute(self, jobs: list[Job]) -> None:
         layer, num_rows, num_pairs = jobs[0].layer, 0, 0
