@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +11,13 @@ from torch import Tensor
 from .config import ModelConfig
 from .experts import ExpertBackend, LocalExperts
 from .kv_cache import LatentCache
-from .mla import AttentionPlan, LatentAttention, Segment, plan_attention
+from .micro_batch import MicroBatch, pick_segments, split_segments
+from .mla import LatentAttention, Segment
 from .moe import FeedForward
 from .network_weights import AttentionWeights, LayerWeights
 from .ops import Ops
 from .rope import RopeTable
-from .step_buffers import StepBuffers, StepRows
+from .step_buffers import StepBuffers
 
 __all__ = ["Batch", "DecoderLayer", "DeepSeekModel", "ForwardOutput", "Segment"]
 
@@ -26,55 +26,24 @@ OnLayer = Callable[[int], None]
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of all segments, one after the other. `logit_rows`: int64, the rows whose logits are wanted."""
+    """Rows of all segments, one after the other. `logit_rows`: int64, the rows whose logits are wanted.
+
+    `wants_hidden`: whether the hidden rows of the others are too; else they may end with the last layer's latents.
+    """
 
     token_ids: Tensor
     segments: list[Segment]
     logit_rows: Tensor
+    wants_hidden: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
-    """logits: fp32 [R, vocab] of `logit_rows`; hidden: [N, H] after the final norm, every row (what MTP reads)."""
+    """logits: fp32 [R, vocab] of `logit_rows`; hidden, after the final norm (what MTP reads): [N, H], every row, or
+    [R, H] where no others were wanted."""
 
     logits: Tensor
     hidden: Tensor
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """Rows on their way through the layers: the residual stream is `rows.x` plus, if `has_delta`, `rows.delta`."""
-
-    buffers: StepBuffers
-    rows: StepRows
-    plan: AttentionPlan
-    has_delta: bool = False
-    handle: Any = None  # while rows are away at the experts
-
-    @classmethod
-    def of(
-        cls, segments: Sequence[Segment], config: ModelConfig, ops: Ops, rope: RopeTable, buffers: StepBuffers
-    ) -> MicroBatch:
-        """With everything but `rows.x`."""
-        plan = plan_attention(segments, config.latent_dim, ops, buffers)
-        if plan.shape is not None:
-            buffers.absorbed(plan.shape[0])  # its memory must not move while calls are noted
-        rows = buffers.rows(len(plan.positions))
-        rope.fill(plan.positions, rows.cos, rows.sin)
-        return cls(buffers, rows, plan)
-
-    def run(self, name: Hashable, work: Callable[[], object]) -> None:
-        """Kernel calls over the step's buffers: noted the first time that a batch of this shape makes them."""
-        if self.plan.shape is None:
-            work()
-        else:
-            self.buffers.tapes.run((name, self.plan.shape), work)
-
-    def norm(self, ops: Ops, weight: Tensor, eps: float, out: Tensor, has_delta: bool = True) -> Tensor:
-        """The norm of the residual stream, with what the last half layer gave."""
-        if has_delta:
-            return ops.add_rms_norm(self.rows.x, self.rows.delta, weight, eps, out=out)
-        return ops.rms_norm(self.rows.x, weight, eps, out=out)
 
 
 class DecoderLayer:
@@ -99,17 +68,21 @@ class DecoderLayer:
             on_layer(self._layer)
         part.has_delta = True
         if not feed_forward.is_dense:
-            part.handle = feed_forward.dispatch(rows.normed, rows)
+            part.handle = feed_forward.dispatch(rows.normed, rows, part.first_row)
             part.run(("shared", self._layer), lambda: feed_forward.run_shared(rows.normed, rows))
 
-    def _attend_and_route(self, part: MicroBatch, cache_layer: Tensor, on_layer: OnLayer | None) -> None:
-        rows, weights = part.rows, self._weights
-        part.norm(self._ops, weights.input_layernorm, self._eps, rows.normed, part.has_delta)
-        self.attention.write_latents(rows.normed, part.plan.slots, cache_layer, rows)
+    def write_latents(self, part: MicroBatch, cache_layer: Tensor, on_layer: OnLayer | None = None) -> None:
+        """The first thing that `begin` does; all of it where nobody asks for what the layer makes of the rows."""
+        part.norm(self._ops, self._weights.input_layernorm, self._eps, part.rows.normed, part.has_delta)
+        self.attention.write_latents(part.rows.normed, part.plan.slots, cache_layer, part.rows)
         if on_layer is not None:
             on_layer(self._layer)
+
+    def _attend_and_route(self, part: MicroBatch, cache_layer: Tensor, on_layer: OnLayer | None) -> None:
+        rows = part.rows
+        self.write_latents(part, cache_layer, on_layer)
         self.attention.attend(part.plan, cache_layer, rows, part.buffers)
-        part.norm(self._ops, weights.post_attention_layernorm, self._eps, rows.normed)
+        part.norm(self._ops, self._weights.post_attention_layernorm, self._eps, rows.normed)
         self.feed_forward.mlp_or_route(rows.normed, rows)
 
     def finish(self, part: MicroBatch) -> None:
@@ -134,6 +107,7 @@ class DeepSeekModel:
         self._experts = experts
         self._ops = weights.ops
         self._buffers: list[StepBuffers] = []
+        self._picked_buffers: StepBuffers | None = None
         self.layers = [DecoderLayer(config, layer, i, experts, self._ops) for i, layer in enumerate(weights.layers)]
 
     @torch.inference_mode()
@@ -144,20 +118,47 @@ class DeepSeekModel:
         """
         total = sum(segment.num for segment in batch.segments)
         assert total == len(batch.token_ids), "segments and token_ids count different rows"
+        if isinstance(self._experts, LocalExperts) and self._experts.can_be_noted:
+            part = self._run_local(batch, on_layer)
+            return self._output([part], part.rows.x.shape[0], batch)
         parts, first = [], 0
         for index, segments in enumerate(split_segments(batch.segments, micro_batches)):
-            last = first + sum(segment.num for segment in segments)
-            parts.append(self._micro_batch(index, batch.token_ids[first:last], segments))
-            first = last
-        if len(parts) == 1 and isinstance(self._experts, LocalExperts) and self._experts.can_be_noted:
-            parts[0].run("layers", lambda: self._run_layers(parts, None if parts[0].plan.shape else on_layer))
-            parts[0].has_delta = True
-            if on_layer is not None and parts[0].plan.shape is not None:
-                for layer in range(len(self.layers)):
-                    on_layer(layer)
-        else:
-            self._run_layers(parts, on_layer)
-        return self._output(parts, batch)
+            parts.append(self._micro_batch(index, batch.token_ids, segments, first))
+            first += parts[-1].rows.x.shape[0]
+        self._run_layers(parts, on_layer)
+        return self._output(parts, total, batch)
+
+    def _run_local(self, batch: Batch, on_layer: OnLayer | None) -> MicroBatch:
+        """Nobody is waited for: one part, whose kernel calls are played as a whole, or whose idle rows end early."""
+        part = self._micro_batch(0, batch.token_ids, batch.segments, 0)
+        if part.plan.shape is None and not batch.wants_hidden:
+            return self._run_until_picked(part, batch, on_layer)
+        is_noted = part.plan.shape is not None
+        part.run("layers", lambda: self._run_layers([part], None if is_noted else on_layer))
+        part.has_delta = True
+        if on_layer is not None and is_noted:
+            for layer in range(len(self.layers)):
+                on_layer(layer)
+        return part
+
+    def _run_until_picked(self, part: MicroBatch, batch: Batch, on_layer: OnLayer | None) -> MicroBatch:
+        """All rows up to the last layer's latents, then that layer for the wanted rows only."""
+        *first_layers, last = self.layers
+        latents = self.cache.layers[len(first_layers)]
+        for i, layer in enumerate(first_layers):
+            layer.begin(part, self.cache.layers[i], on_layer)
+            layer.finish(part)
+        last.write_latents(part, latents, on_layer)
+        rows = batch.logit_rows
+        segments = pick_segments(batch.segments, rows.tolist())
+        if self._picked_buffers is None:
+            self._picked_buffers = StepBuffers(self.config, self.cache.dtype, self._ops)
+        picked = MicroBatch.of(segments, self.config, self._ops, self.rope, self._picked_buffers)
+        torch.index_select(part.rows.x, 0, rows, out=picked.rows.x)  # the norm above has added delta
+        if segments:
+            last.begin(picked, latents)
+            last.finish(picked)
+        return picked
 
     def _run_layers(self, parts: list[MicroBatch], on_layer: OnLayer | None) -> None:
         for i, layer in enumerate(self.layers):
@@ -168,40 +169,21 @@ class DeepSeekModel:
         for part in parts:
             self.layers[-1].finish(part)
 
-    def _micro_batch(self, index: int, token_ids: Tensor, segments: list[Segment]) -> MicroBatch:
+    def _micro_batch(self, index: int, token_ids: Tensor, segments: list[Segment], first_row: int) -> MicroBatch:
         if index == len(self._buffers):
             self._buffers.append(StepBuffers(self.config, self.cache.dtype, self._ops))
-        part = MicroBatch.of(segments, self.config, self._ops, self.rope, self._buffers[index])
-        torch.index_select(self._weights.embed_tokens, 0, token_ids, out=part.rows.x)
+        part = MicroBatch.of(segments, self.config, self._ops, self.rope, self._buffers[index], first_row)
+        own_ids = token_ids[first_row : first_row + part.rows.x.shape[0]]
+        torch.index_select(self._weights.embed_tokens, 0, own_ids, out=part.rows.x)
         return part
 
-    def _output(self, parts: list[MicroBatch], batch: Batch) -> ForwardOutput:
+    def _output(self, parts: list[MicroBatch], num_rows: int, batch: Batch) -> ForwardOutput:
         """Fresh tensors: the next step may run while somebody still reads them."""
-        hidden = torch.empty(len(batch.token_ids), self.config.hidden_size, dtype=self.cache.dtype)
-        first = 0
+        hidden = torch.empty(num_rows, self.config.hidden_size, dtype=self.cache.dtype)
         for part in parts:
-            last = first + part.rows.x.shape[0]
-            part.norm(self._ops, self._weights.norm, self.config.rms_norm_eps, hidden[first:last])
-            first = last
-        logits = self._ops.wide_linear(hidden.index_select(0, batch.logit_rows), self._weights.lm_head)
-        return ForwardOutput(logits, hidden)
-
-
-def split_segments(segments: list[Segment], count: int) -> list[list[Segment]]:
-    """At most `count` parts of about as many rows each, in the rows' order; a segment may be cut."""
-    total = sum(segment.num for segment in segments)
-    count = max(min(count, total), 1)
-    if count == 1:
-        return [segments]
-    parts: list[list[Segment]] = [[]]
-    first = 0
-    for segment in segments:
-        start, left = segment.start, segment.num
-        while left:
-            end = total * len(parts) // count  # of the part that is being filled
-            num = min(left, end - first)
-            parts[-1].append(Segment(start, num, segment.block_table, segment.absorbed))
-            start, left, first = start + num, left - num, first + num
-            if first == end and first < total:
-                parts.append([])
-    return parts
+            own = hidden[part.first_row : part.first_row + part.rows.x.shape[0]]
+            part.norm(self._ops, self._weights.norm, self.config.rms_norm_eps, own)
+        wanted = hidden
+        if num_rows == len(batch.token_ids):
+            wanted = hidden.index_select(0, batch.logit_rows)
+        return ForwardOutput(self._ops.wide_linear(wanted, self._weights.lm_head), hidden)

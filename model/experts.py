@@ -15,8 +15,11 @@ from .network_weights import ExpertWeights
 class ExpertBackend(Protocol):
     """Where routed experts run. Rows come back one per slot: summing them is the token owner's business."""
 
-    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> Any:
-        """x: [M, H], topk_idx: int64 [M, k]. Starts the work without blocking; the handle is the backend's own."""
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> Any:
+        """x: [M, H], topk_idx: int64 [M, k]. Starts the work without blocking; the handle is the backend's own.
+
+        `first_row`: where x[0] stands in the batch, of which x may be a part.
+        """
         ...
 
     def collect(self, handle: Any) -> Tensor:
@@ -41,7 +44,7 @@ class LocalExperts:
         self._memory: list[Tensor] = []  # for rows, [pairs, H] each; none is ever given back: noted calls name it
         self._spare: list[Tensor] = []
 
-    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> LocalHandle:
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> LocalHandle:
         num_tokens, top_k = topk_idx.shape
         num_pairs = num_tokens * top_k
         stack, places = self._weights[layer], self._places[layer]

@@ -35,9 +35,9 @@ class FeedForward:
         else:
             self._ops.swiglu_mlp(x, mlp.w13, mlp.w2, out=rows.delta)
 
-    def dispatch(self, x: Tensor, rows: StepRows) -> Any:
+    def dispatch(self, x: Tensor, rows: StepRows, first_row: int = 0) -> Any:
         """Follows `mlp_or_route` of a MoE layer. x is left alone until the handle has been collected."""
-        return self._experts.dispatch(self._layer, x, rows.topk_idx)
+        return self._experts.dispatch(self._layer, x, rows.topk_idx, first_row)
 
     def run_shared(self, x: Tensor, rows: StepRows) -> None:
         shared = self._weights.shared

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .deepseek import DecoderLayer, MicroBatch, OnLayer
+from .deepseek import DecoderLayer, OnLayer
 from .experts import ExpertBackend
 from .kv_cache import LatentCache
+from .micro_batch import MicroBatch
 from .mla import Segment
 from .network_weights import MtpWeights
 from .rope import RopeTable

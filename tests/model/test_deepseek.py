@@ -120,7 +120,7 @@ class ScatteredExperts:
 
         return {layer: build_experts(layer, ids, read, ops) for layer in small.experts}
 
-    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> Tensor:
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> Tensor:
         num_rows, top_k = topk_idx.shape
         flat = topk_idx.flatten()
         rows = torch.full((num_rows * top_k, x.shape[1]), torch.nan, dtype=x.dtype)

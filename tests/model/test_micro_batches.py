@@ -10,8 +10,9 @@ import torch
 from small_models import FAMILIES, SmallModel, shuffled_table, small_model
 from torch import Tensor
 
-from braid.model.deepseek import Batch, ForwardOutput, split_segments
+from braid.model.deepseek import Batch, ForwardOutput
 from braid.model.experts import LocalExperts
+from braid.model.micro_batch import pick_segments, split_segments
 from braid.model.mla import Segment
 from braid.model.ops import Ops
 
@@ -22,9 +23,11 @@ class LateExperts:
 
     inner: LocalExperts
     log: list[tuple[str, int, int]] = field(default_factory=list)
+    first_rows: list[int] = field(default_factory=list)
 
-    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> Any:
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> Any:
         self.log.append(("dispatch", layer, len(x)))
+        self.first_rows.append(first_row)
         return layer, x, topk_idx
 
     def collect(self, handle: Any) -> Tensor:
@@ -85,6 +88,7 @@ def test_rows_of_one_are_away_while_the_other_attends() -> None:
         ("collect", 2, 40),
         ("collect", 2, 40),
     ]
+    assert experts.first_rows == [0, 40, 0, 40]
 
 
 def test_a_layer_is_announced_once_when_all_its_latents_are_written() -> None:
@@ -113,3 +117,33 @@ def test_parts_are_even_and_in_order() -> None:
     ]
     assert [[s.num for s in part] for part in split_segments(segments, 4)] == [[2], [1, 2], [2], [3]]
     assert split_segments([], 2) == [[]]
+
+
+def test_picked_rows_keep_their_places_and_forms() -> None:
+    segments = [
+        Segment(5, 3, [0], absorbed=True),
+        Segment(0, 0, [1], absorbed=False),
+        Segment(7, 7, [2], absorbed=False),
+    ]
+    picked = pick_segments(segments, [1, 2, 3, 8, 9, 6])
+    assert [(s.start, s.num, s.block_table, s.absorbed) for s in picked] == [
+        (6, 2, [0], True),
+        (7, 1, [2], False),
+        (12, 2, [2], False),
+        (10, 1, [2], False),
+    ]
+
+
+@pytest.mark.parametrize("rows", [[0, 12, 79], [13], [], [79, 3, 4, 5], list(range(80))], ids=str)
+def test_rows_that_nobody_asks_for_end_before_the_last_layer(small: SmallModel, rows: list[int]) -> None:
+    batch = mixed_batch(small)
+    batch.logit_rows = torch.tensor(rows, dtype=torch.int64)
+    every, network, announced = small.network(), small.network(), list[int]()
+    whole = every.forward(batch)
+    batch.wants_hidden = False
+    output = network.forward(batch, announced.append)
+    assert torch.equal(output.logits, whole.logits)
+    assert torch.equal(output.hidden, whole.hidden[rows])
+    assert announced == [0, 1, 2]
+    for latents, expected in zip(network.cache.layers, every.cache.layers, strict=True):
+        assert torch.equal(latents.nan_to_num(), expected.nan_to_num())

@@ -22,9 +22,9 @@ class Watched:
     def __init__(self, inner: LocalExperts, log: list[str]) -> None:
         self.inner, self.log = inner, log
 
-    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> Any:
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> Any:
         self.log.append(f"dispatch {layer}")
-        return self.inner.dispatch(layer, x, topk_idx)
+        return self.inner.dispatch(layer, x, topk_idx, first_row)
 
     def collect(self, handle: Any) -> Tensor:
         self.log.append("collect")

@@ -26,7 +26,7 @@ class Elsewhere:
 
     inner: LocalExperts
 
-    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor) -> Any:
+    def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> Any:
         return self.inner.dispatch(layer, x.clone(), topk_idx.clone())
 
     def collect(self, handle: Any) -> Tensor:

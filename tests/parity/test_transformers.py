@@ -11,7 +11,8 @@ from generators import SHAPES
 from small_models import FAMILIES, SmallModel, run, run_in_chunks, shuffled_table, small_model
 from torch import Tensor
 
-from braid.model.deepseek import DecoderLayer, DeepSeekModel, MicroBatch
+from braid.model.deepseek import DecoderLayer, DeepSeekModel
+from braid.model.micro_batch import MicroBatch
 
 TOLERANCE = 1e-4  # fp32
 LENGTH = 150  # past the original length of every shape with YaRN
