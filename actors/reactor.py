@@ -75,6 +75,15 @@ class Reactor:
             if not self._is_closed:
                 os.eventfd_write(self._wake_fd, 1)
 
+    def fileno(self) -> int:
+        """Readable when a poll would find something, for a loop that polls with 0 then. It hears of no rings."""
+        return self._epoll.fileno()
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether a link's turn ended before its bytes did: the next poll goes on with it."""
+        return bool(self._unfinished)
+
     def poll(self, timeout_s: float | None, is_urgent: bool = False) -> list[Event]:
         """What happened, waiting for it up to `timeout_s` (None: as long as it takes). May return nothing early.
 

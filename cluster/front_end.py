@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class FrontEnd:
-    """Core of one front end; HTTP and gRPC stand on top. One asyncio loop uses it, one thread polls its links."""
+    """Core of one front end; HTTP and gRPC stand on top. One asyncio loop runs all of it."""
 
     def __init__(self, settings: FrontEndSettings, tokenizer: Tokenizer, tracer: Tracer | None = None) -> None:
         self.settings = settings

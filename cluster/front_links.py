@@ -1,6 +1,6 @@
-"""A front end's links to all attention workers: one thread polls them, the asyncio loop gets what they say in batches.
+"""A front end's links to all attention workers, polled by the asyncio loop that uses them.
 
-Everything but `_poll` runs on the loop; sends need no hop, a Link takes them from any thread.
+Only dialing takes threads: one that polled would hand over every message, after waiting for the interpreter lock.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,9 +19,7 @@ from ..actors.reactor import Closed, Event, Opened, Reactor
 from ..actors.view import ClusterView, Role, WorkerInfo
 from .request import FrontEndSettings
 
-POLL_S = 1.0  # only bounds how long a closed loop goes unnoticed: messages and `close` wake the thread
 REDIAL_S = (0.1, 0.25, 0.5, 1.0, 2.0)  # a view can be newer than the worker's listener, or older than its death
-STOP_TIMEOUT_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +61,7 @@ class FrontLinks:
         self._view: ClusterView | None = None
         self._is_closed = False  # no more dialing and polling
         self._is_open = True  # the reactor's fds
-        self._thread = threading.Thread(target=self._poll, name=f"links-{settings.name}", daemon=True)
-        self._thread.start()
+        self._loop.add_reader(self._reactor.fileno(), self._poll)
 
     async def apply(self, view: ClusterView) -> None:
         """Drops links to lives that left, dials new ones and returns after one attempt. Old views are ignored."""
@@ -100,8 +96,7 @@ class FrontLinks:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._is_open:
             self._is_open = False
-            self._reactor.wake()
-            await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+            self._loop.remove_reader(self._reactor.fileno())
             self._reactor.close()
 
     # ---- dialing
@@ -168,27 +163,31 @@ class FrontLinks:
         del self._links[name]
         self.on_news([Left(name, reason)])
 
-    # ---- the thread
+    # ---- what the workers say
 
     def _poll(self) -> None:
+        if self._is_closed:
+            return
         try:
-            while not self._is_closed:
-                news = [(event.link, told) for event in self._reactor.poll(POLL_S) if (told := _read(event))]
-                if news:
-                    self._loop.call_soon_threadsafe(self._hear, news)
+            events = self._reactor.poll(0)
         except Exception:
-            if not self._loop.is_closed():
-                log.exception("%s lost all its links: its polling thread failed", self.settings.name)
-                self._loop.call_soon_threadsafe(self._lose_all)  # nobody would hear their replies any more
+            log.exception("%s lost all its links: they cannot be polled", self.settings.name)
+            self._lose_all()  # nobody would hear their replies any more
+            return
+        if self._reactor.has_unread:
+            self._loop.call_soon(self._poll)
+        if news := [(event.link, told) for event in events if (told := _read(event))]:
+            self._hear(news)
 
     def _lose_all(self) -> None:
         self._is_closed = True
+        self._loop.remove_reader(self._reactor.fileno())
         for name, link in list(self._links.items()):
-            link.close("the front end's polling thread failed")
-            self._lose(name, "the front end's polling thread failed")
+            link.close("the front end cannot poll its links")
+            self._lose(name, "the front end cannot poll its links")
 
     def _hear(self, batch: list[tuple[Link, News]]) -> None:
-        """On the loop. What an earlier life's link still had to say is dropped."""
+        """What an earlier life's link still had to say is dropped."""
         current = [(link, news) for link, news in batch if self._links.get(link.peer.name) is link]
         self.on_news([news for _, news in current])
         for link, news in current:

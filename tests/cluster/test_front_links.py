@@ -113,7 +113,7 @@ def test_closing_while_dialling_leaves_nothing_behind(run_dir: Path) -> None:
     run(scenario())
 
 
-def test_a_failure_of_the_polling_thread_loses_every_link_aloud(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_that_cannot_be_polled_are_lost_aloud(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(timeout_s: float | None) -> list[Event]:
         raise OSError("out of luck")
 
@@ -125,7 +125,7 @@ def test_a_failure_of_the_polling_thread_loses_every_link_aloud(run_dir: Path, m
         monkeypatch.setattr(links._reactor, "poll", fail)
         links._reactor.wake()
         await until(lambda: len(ear.news) == 3, "the loss")
-        assert ear.news[-1] == Left("w", "the front end's polling thread failed")
+        assert ear.news[-1] == Left("w", "the front end cannot poll its links")
         await links.close()
         worker.die()
 
