@@ -4,8 +4,8 @@
 
 Run it from outside the repository root. One process dispatches as an attention worker does and combines; each expert
 worker is a process of its own. A hop is told in parts: serialise (choose owners, lay out, write), wire (both ways, with
-reading and waking), queue (at the expert worker until it computes), compute (left out of the sum), reply (write the
-rows), combine. `think` is how long the attention side computes between two hops.
+reading and waking), queue (at the expert worker until it computes), compute (left out of the sum), combine. `think` is
+how long the attention side computes between two hops.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ class Hop:
     wire: float
     queue: float
     compute: float
-    reply: float
     combine: float
     bytes_out: int
     bytes_in: int
@@ -152,7 +151,7 @@ def hops(experts: RemoteExperts, shape: Shape, num_tokens: int, rounds: int, thi
         ops.combine(shared, rows, weights, out=out)
         ended = time.monotonic()
         spent = {name: value - before[name] for name, value in asdict(experts.counters).items()}
-        parts = {name: spent[f"{name}_s"] / spent["hops"] for name in ("wire", "queue", "compute", "reply")}
+        parts = {name: spent[f"{name}_s"] / spent["hops"] for name in ("wire", "queue", "compute")}
         times = {
             "total": ended - started - parts["compute"],
             "after_dispatch": ended - sent - parts["compute"],
@@ -184,7 +183,7 @@ def main() -> None:
     args = parser.parse_args()
     shape, results = Shape(), []
     ops_for(DTYPE).set_threads(1)
-    names = ["total", "after_dispatch", "serialise", "wire", "queue", "reply", "combine", "compute"]
+    names = ["total", "after_dispatch", "serialise", "wire", "queue", "combine", "compute"]
     print(f"{'link':6}{'tokens':>7}" + "".join(f"{name:>18}" for name in names) + "   medians (best), us")
     with torch.inference_mode():
         for transport in args.transports:
