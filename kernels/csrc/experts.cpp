@@ -18,10 +18,11 @@ struct Groups {
 // Shares out every expert's product: body(expert, rows of `order`, panels) for each chunk.
 template <class T, class Body>
 void for_each_chunk(const Groups& groups, const Matrix<T>& matrix, int* first_chunk, Body&& body) {
+    const int threads = num_threads();  // once: another thread may change it meanwhile
     int present = 0;
     for (int e = 0; e < groups.experts; ++e) present += groups.size(e) > 0;
     const auto cut = [&](int expert) {
-        return Cut(groups.size(expert), matrix.panels(), int64_t(matrix.words()) * PANEL * 4, present);
+        return Cut(groups.size(expert), matrix.panels(), int64_t(matrix.words()) * PANEL * 4, present, threads);
     };
     first_chunk[0] = 0;
     for (int e = 0; e < groups.experts; ++e) first_chunk[e + 1] = first_chunk[e] + cut(e).chunks();

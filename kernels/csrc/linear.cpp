@@ -64,7 +64,7 @@ void pack(const T* weight, ptrdiff_t stride, int outputs, int inputs, bool is_ga
 template <class T, class Out>
 void head_linear(const T* x, Strides x_strides, int rows, const Matrix<T>& first, int heads, const T* bias, Out* out,
                  Strides out_strides) {
-    const Cut cut(rows, first.panels(), int64_t(first.words()) * PANEL * 4, heads);
+    const Cut cut(rows, first.panels(), int64_t(first.words()) * PANEL * 4, heads, num_threads());
     parallel_for(heads * cut.chunks(), [&](int chunk) {
         const int head = chunk / cut.chunks(), part = chunk % cut.chunks();
         const Range block = part_of(rows, cut.row_blocks, part / cut.panel_groups);
