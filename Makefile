@@ -3,10 +3,12 @@
 #   make test    install, then lint, types and all tests
 #   make lint    ruff and mypy alone
 #   make proto   generate the gRPC stubs from cluster/braid_v1.proto again
-#   make clean   remove .venv, build output and caches
+#   make bench   Braid beside its rivals, which are installed into .bench, on one checkpoint; about 25 minutes of an idle
+#                machine. ARGS=--quick: 4 minutes. bench-growth: cost against size; bench-load: under load made by aiperf
+#   make clean   remove .venv, .bench, build output and caches
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test lint proto clean
+.PHONY: demo test lint proto bench bench-growth bench-load clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,8 +36,22 @@ lint: $(VENV)/.installed-dev
 proto: $(VENV)/.installed-dev
 	$(BIN)/python tests/cluster/make_stubs.py
 
+# Started in .bench, for the reason that demo is started in .venv. What cannot be installed costs its own row only.
+BENCH := mkdir -p .bench && cd .bench && ../$(BIN)/python -P -m braid.benchmarks
+
+bench: $(VENV)/.installed-dev
+	$(BENCH).rivals.install llamacpp vllm
+	$(BENCH).compare $(ARGS)
+
+bench-growth: $(VENV)/.installed-dev
+	$(BENCH).growth $(ARGS)
+
+bench-load: $(VENV)/.installed-dev
+	$(BENCH).rivals.install load
+	$(BENCH).load $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info */*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .bench build dist *.egg-info */*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The stamps make a second call cost nothing; a change of the dependencies or of the native kernels installs again.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard */csrc/*) | $(VENV)/bin/pip

@@ -46,7 +46,7 @@ _SMALL: dict[str, Any] = {
 }
 _GROWTH: dict[str, Any] = {**_SMALL, "hidden_size": 512, "num_hidden_layers": 4, "q_lora_rank": 128}
 SHAPES: dict[str, dict[str, Any]] = {"small": _SMALL} | {
-    f"growth-{experts}": {**_GROWTH, "n_routed_experts": experts} for experts in (16, 64, 256)
+    f"growth-{experts}": {**_GROWTH, "n_routed_experts": experts} for experts in (16, 32, 64, 128, 256)
 }
 DTYPES = {"fp32": ("float32", "F32", torch.float32), "bf16": ("bfloat16", "BF16", torch.bfloat16)}
 
@@ -83,14 +83,14 @@ def make(name: str, path: Path, seed: int = 0) -> Path:
 
 
 def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """As large as trained weights. Rows of the embedding are wider than the rest, so that greedy decoding does not fall
-    into one repeated token, with which a whole batch would ask for the same few experts."""
+    """As the network is initialised, but for an embedding that is wider than what layers add to it: tokens stay apart.
+
+    Otherwise greedy decoding falls into one repeated token, with which a whole batch asks for the same few experts; and
+    in layers as strong as trained ones, random as they are, a last bit of bfloat16 soon decides on other experts.
+    """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
-    noise = torch.randn(shape, generator=generator)
-    if is_bias(name):
-        return 0.02 * noise
-    return noise * (0.5 if "embed_tokens" in name else shape[-1] ** -0.5)
+    return torch.randn(shape, generator=generator) * (0.5 if "embed_tokens" in name else 0.02)
 
 
 def is_bias(name: str) -> bool:

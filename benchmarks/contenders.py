@@ -90,10 +90,10 @@ def _engines(dtype: Dtype, threads: int) -> list[Contender]:
     llama = [str(python_of("llamacpp")), "-m", f"{_DRIVERS}llamacpp", f"{checkpoint}.gguf", str(threads)]
     slow = [sys.executable, "-m", f"{_DRIVERS}transformers", checkpoint, str(threads)]
     return [
-        Contender(COLOCATED, Command([*ours, "colocated"]), is_ours=True),
+        Contender(COLOCATED, Command([*ours, "0"]), is_ours=True),
         Contender("llama.cpp", Command(llama), environment="llamacpp"),
         Contender("vLLM", Command(vllm), environment="vllm"),
-        Contender(DISAGGREGATED, Command([*ours, "disaggregated"]), is_ours=True),
+        Contender(DISAGGREGATED, Command([*ours, "1"]), is_ours=True),
         Contender("transformers", Command(slow), rounds=1, new_tokens=32),
     ]
 

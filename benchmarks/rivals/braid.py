@@ -1,9 +1,9 @@
 """Braid's engine alone: the workers of a cluster as plain processes, no Ray, no HTTP, no tokenizer.
 
-    python -m braid.benchmarks.rivals.braid MODEL_DIR THREADS colocated|disaggregated
+    python -m braid.benchmarks.rivals.braid MODEL_DIR THREADS EXPERT_WORKERS [KV_TOKENS]
 
-Colocated is one worker with everything on all threads. Disaggregated is one attention worker and one expert worker, who
-talk over shared memory; how the threads are shared out is what `braid up` does on a machine with so many cores.
+0 expert workers: colocated, one worker with everything. Else one attention worker, and expert workers that it talks to
+over shared memory. Threads are shared out as `braid up` does it on a machine with so many cores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 from braid.model.sampling_params import SamplingParams
 from braid.tests.processes import ProcessCluster
@@ -25,19 +24,18 @@ KV_TOKENS = 32 * 320  # what the rivals are given
 
 
 class Braid:
-    def __init__(self, model: str, run_dir: str, threads: int, experts: Literal[1, "colocated"]) -> None:
+    def __init__(self, model: str, run_dir: str, threads: int, expert_workers: int, kv_tokens: int) -> None:
         self.version = f"braid {version('braid-serve')}"
-        workers = 1 if experts == "colocated" else 2
         self._cluster = ProcessCluster(
             Path(model),
             Path(run_dir),
             prefill=0,
-            experts=experts,
+            experts=expert_workers or "colocated",
             dtype="auto",
             replicas=1,
-            threads=max(1, threads // workers),
-            max_threads=threads,  # attention and experts wait for one another: see cluster/plan.py
-            kv_tokens=KV_TOKENS,
+            threads=max(1, threads // (1 + expert_workers)),
+            max_threads=max(1, threads // max(1, expert_workers)),  # attention and experts wait for one another
+            kv_tokens=kv_tokens,
         )
         self._count = 0
 
@@ -68,6 +66,7 @@ class Braid:
 
 if __name__ == "__main__":
     out = take_stdout()
+    model, threads, expert_workers, *kv_tokens = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="braid-bench-") as folder:
-        layout: Literal[1, "colocated"] = "colocated" if sys.argv[3] == "colocated" else 1
-        serve(Braid(sys.argv[1], folder, int(sys.argv[2]), layout), out)
+        limit = int(kv_tokens[0]) if kv_tokens else KV_TOKENS
+        serve(Braid(model, folder, int(threads), int(expert_workers), limit), out)

@@ -1,0 +1,139 @@
+"""Load on a running cluster over HTTP, made by a program that is not ours: aiperf, Poisson arrivals at several rates.
+
+    make bench-load                                                  the bundled model, colocated; about 5 minutes
+    python benchmarks/load.py --layout disaggregated --rates 1 2 4
+    python benchmarks/load.py --url http://127.0.0.1:8000 --served-name braid-tiny --tokenizer model/bundled
+
+Without --url a cluster is started and ended. The tokenizer is a folder, so nothing is fetched from a hub. aiperf
+counts the tokens of an answer by tokenizing its text again, which may differ from those sent; times are of chunks as they came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from braid.benchmarks import machine
+from braid.benchmarks.checkpoints import BUNDLED
+from braid.benchmarks.compare import work_dir
+from braid.benchmarks.contenders import CLUSTERS
+from braid.benchmarks.progress import Told
+from braid.benchmarks.report import update_page
+from braid.benchmarks.rivals.install import BENCH, is_installed
+
+RESULTS = Path(__file__).resolve().parent / "results" / "load.json"
+BRAID, PORT, NAME = Path(sys.executable).parent / "braid", 18731, "bench-load"
+PERCENTILES = ("p50", "p90", "p99")
+COLUMNS = ["requests/s asked", "requests/s", "tokens/s", *[f"TTFT ms {p}" for p in PERCENTILES]]
+COLUMNS += [f"ITL ms {p}" for p in PERCENTILES] + ["requests", "failed"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled", help="what the cluster serves: bundled, or a checkpoint's folder")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--layout", default="colocated", choices=["colocated", "disaggregated"])
+    parser.add_argument("--url", help="of a cluster that runs already")
+    parser.add_argument("--served-name", default="braid-tiny")
+    parser.add_argument("--tokenizer", type=Path, default=BUNDLED)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="requests per second")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long each rate lasts")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--out", type=Path, help="instead of benchmarks/results/load.json; then the page stays as it is"
+    )
+    args = parser.parse_args()
+    if not is_installed("load"):
+        parser.error("aiperf is not installed; run: python -m braid.benchmarks.rivals.install load")
+    rows = []
+    with Told() as told:
+        told.begin("load")
+        told.expect(len(args.rates))
+        told.say("starting a cluster")
+        with cluster(args) as url:
+            for rate in args.rates:
+                told.say(f"{rate:g} requests/s")
+                rows.append(row_of(rate, run_aiperf(args, url, rate)))
+                told.advance()
+    result = {"machine": machine.describe(), "columns": COLUMNS, "rows": rows, "about": about(args)}
+    out = args.out or RESULTS
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {out}")
+    if args.out is None:
+        update_page(result, "load")
+
+
+@contextmanager
+def cluster(args: argparse.Namespace) -> Iterator[str]:
+    """The URL of a cluster that is ours for the time, unless --url names another."""
+    if args.url:
+        yield args.url
+        return
+    spec, ports = CLUSTERS / f"{args.layout}.yaml", ["--http-port", str(PORT), "--grpc-port", str(PORT + 1)]
+    options = ["--name", NAME, "--model", args.model, "--dtype", args.dtype, "--detach", *ports]
+    started = subprocess.run(
+        [str(BRAID), "up", str(spec), *options], cwd=work_dir(), capture_output=True, text=True, check=False
+    )
+    if started.returncode:
+        raise SystemExit(f"braid up failed: {started.stderr.strip() or started.stdout.strip()}")
+    try:
+        yield f"http://127.0.0.1:{PORT}"
+    finally:
+        subprocess.run([str(BRAID), "down", "--name", NAME], cwd=work_dir(), capture_output=True, check=False)
+
+
+def run_aiperf(args: argparse.Namespace, url: str, rate: float) -> Mapping[str, Any]:
+    """Its summary of one rate."""
+    folder = BENCH / "aiperf" / f"{rate:g}"
+    command = [str(BENCH / "load" / "bin" / "aiperf"), "profile", "--model", args.served_name, "--url", url]
+    command += ["--endpoint-type", "completions", "--streaming", "--tokenizer", str(args.tokenizer.resolve())]
+    command += ["--request-rate", f"{rate:g}", "--arrival-pattern", "poisson", "--random-seed", "1"]
+    command += ["--request-count", str(max(8, round(rate * args.seconds))), "--warmup-request-count", "2"]
+    command += ["--synthetic-input-tokens-mean", str(args.prompt_tokens), "--synthetic-input-tokens-stddev", "0"]
+    command += ["--output-tokens-mean", str(args.new_tokens), "--output-tokens-stddev", "0"]
+    command += ["--use-legacy-max-tokens", "--extra-inputs", "ignore_eos:true", "--extra-inputs", "temperature:0"]
+    command += [
+        "--workers-max",
+        "1",
+        "--ui",
+        "none",
+        "--no-gpu-telemetry",
+        "--no-server-metrics",
+        "--output-artifact-dir",
+        str(folder),
+    ]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost"}
+    done = subprocess.run(command, cwd=work_dir(), env=env, capture_output=True, text=True, check=False)
+    summary = folder / "profile_export_aiperf.json"
+    if done.returncode or not summary.exists():
+        raise SystemExit(f"aiperf failed at {rate:g} requests/s:\n{(done.stdout + done.stderr)[-2000:]}")
+    told: Mapping[str, Any] = json.loads(summary.read_text())
+    return told
+
+
+def row_of(rate: float, told: Mapping[str, Any]) -> list[float]:
+    """`told`: aiperf's summary, a figure with percentiles per metric."""
+    times = [told[metric][p] for metric in ("time_to_first_token", "inter_token_latency") for p in PERCENTILES]
+    speed = [told["request_throughput"]["avg"], told["output_token_throughput"]["avg"]]
+    failed = told.get("error_request_count") or {}
+    return [rate, *speed, *times, int(told["request_count"]["avg"]), int(failed.get("avg", 0))]
+
+
+def about(args: argparse.Namespace) -> str:
+    model = args.url or f"{args.model} in {args.dtype}, {args.layout}"
+    return (
+        f"{model}: aiperf, Poisson arrivals, prompts of about {args.prompt_tokens} tokens, {args.new_tokens} new "
+        "tokens, greedy, streamed over HTTP; aiperf itself runs on the same cores."
+    )
+
+
+if __name__ == "__main__":
+    main()
