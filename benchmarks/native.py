@@ -33,6 +33,7 @@ MATRICES = {
     "head": (4096, HIDDEN),
 }  # outputs, inputs
 COLD_BYTES = 96 << 20  # three times the last cache
+PAUSE_S = 0.02  # until torch's threads sleep, which spin for some ms on the core that the others want
 
 Thing = TypeVar("Thing")
 Work = Callable[[], object]
@@ -140,6 +141,8 @@ def measure(contest: Contest, dtype: str, threads: int, rounds: int, machine: Ma
     times: dict[Work, list[float]] = {contest.native: [], contest.torch: []}
     for _ in range(rounds + 1):
         for work, taken in times.items():
+            time.sleep(PAUSE_S)
+            work()
             start = time.perf_counter()
             for _ in range(calls):
                 work()
