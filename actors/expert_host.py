@@ -13,7 +13,7 @@ from ..model.network_weights import ExpertWeights
 from .pairs import Ints, decode, experts_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slice:
     """One dispatch: x [rows, hidden], and the payload that begins with its pairs of a row and a logical expert."""
 
@@ -53,7 +53,7 @@ class ExpertHost:
 
         Batching changes no bits: grouped_mlp is row-invariant (DESIGN law 5).
         """
-        held, num_pairs = self._weights[layer], len(out)
+        held, num_pairs = self._weights[layer], out.shape[0]
         x = parts[0].x if len(parts) == 1 else torch.cat([part.x for part in parts])
         rows, places = torch.from_numpy(self._rows[:num_pairs]), torch.from_numpy(self._places[:num_pairs])
         held.ops.grouped_mlp(x, rows, places, held.w13, held.w2, out=out)
