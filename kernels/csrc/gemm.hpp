@@ -147,7 +147,7 @@ struct Cut {
     Cut(int64_t rows, int panels, int64_t panel_bytes, int products, int threads) {
         row_blocks = int((rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
         const int others = std::max(row_blocks * products, 1);
-        const int wanted = threads == 1 ? 1 : (8 * threads + others - 1) / others;
+        const int wanted = threads == 1 ? 1 : (4 * threads + others - 1) / others;
         // a chunk is worth a claim from a few us on: 32 KiB to read, or 0.5 million multiplications
         const int64_t worth = std::max(panels * panel_bytes / (32 << 10), panels * panel_bytes / 4 * rows >> 19);
         panel_groups = int(std::clamp<int64_t>(std::min<int64_t>(wanted, worth), 1, panels));
