@@ -13,7 +13,8 @@ from typing import Any
 from braid.benchmarks.figures import best_of, summary
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, RESULTS, PICTURES = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results", ROOT / "docs"
+PAGE, README, PICTURES = ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
 Result = Mapping[str, Any]
 Values = Sequence[float]
 
@@ -30,6 +31,8 @@ def update_page(result: Result, name: str = "compare") -> None:
 
     written = {"compare": comparison, "growth": growth, "load": load}[name](result)
     PAGE.write_text(put_between(PAGE.read_text(), name, written))
+    if name == "compare":
+        README.write_text(put_between(README.read_text(), name, short_table(result)))
     if name in pictures.DRAWN:
         pictures.DRAWN[name](result, PICTURES / f"performance-{name}.svg")
 
@@ -99,6 +102,23 @@ def remarks(section: Result) -> Iterator[str]:
             same = f", first tokens as ours: {engine['same_first_token']:.0%}" if "same_first_token" in engine else ""
             lines.append(f"{name}: {engine['version']}{same}, others used {engine['others_cores']:.2f} cores at most.")
     yield " ".join(lines)
+
+
+def short_table(result: Result) -> str:
+    """What fits into the README: medians of the BF16 section."""
+    section = result["sections"].get("bf16")
+    if section is None:
+        return "(not measured yet)"
+    keep = [*[f"decode_c{c}" for c in section["concurrency"]], "ttft_long_s", "start_s", "peak_mib"]
+    columns = [column for column in _columns(section) if column[1] in keep]
+    rows = [["BF16", *[title for title, _, _ in columns]]]
+    for name, engine in section["engines"].items():
+        values = [_values(engine, key) for _, key, _ in columns]
+        cells = [form(summary(v).median) if v else "" for v, (_, _, form) in zip(values, columns, strict=True)]
+        rows.append([_bold(name, engine), *(["failed", *cells[1:]] if engine["failed"] else cells)])
+    floor = section["floor"]
+    rows.append(["floor of this machine", *[form(floor[key]) if key in floor else "" for _, key, form in columns]])
+    return f"{_machine(result['machine'])}\n\n{table(rows)}"
 
 
 def growth(result: Result) -> str:

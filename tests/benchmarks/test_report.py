@@ -4,7 +4,17 @@ from typing import Any
 
 import pytest
 
-from braid.benchmarks.report import cell, comparison, engine_table, growth, load, put_between, ratios, table
+from braid.benchmarks.report import (
+    cell,
+    comparison,
+    engine_table,
+    growth,
+    load,
+    put_between,
+    ratios,
+    short_table,
+    table,
+)
 
 MACHINE = {"name": "2 cores", "memory_gib": 24, "python": "3.11", "versions": {"torch": "2.13"}, "date": "today"}
 
@@ -80,3 +90,13 @@ def test_curves_and_loads_are_tables_with_their_words() -> None:
 
 def test_table_is_markdown() -> None:
     assert table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_short_table_has_medians_only_and_says_who_failed() -> None:
+    lost = {"failed": "gone", "is_ours": False}
+    result = {"machine": MACHINE, "sections": {"bf16": section(ours=OURS, lost=lost)}}
+    told = short_table(result)
+    assert "| **ours** | 100 | 2.00 | 8.00 | 1,000 |" in told
+    assert "| lost | failed |" in told
+    assert "| floor of this machine | 200 | 1.00 |" in told
+    assert short_table({"machine": MACHINE, "sections": {}}) == "(not measured yet)"
