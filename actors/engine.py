@@ -58,7 +58,7 @@ class Engine:
 
     def _run(self, plan: Plan) -> None:
         started = time.perf_counter()
-        batch = _batch_of(plan)
+        batch = _batch_of(plan, wants_hidden=self.drafter is not None)
         prompts = [chunk for chunk in plan if not chunk.absorbed]
         now = time.time_ns()
         for chunk in prompts:
@@ -174,7 +174,7 @@ def _num_logit_rows(chunk: Chunk) -> int:
     return chunk.num if _scores_prompt(chunk) else (1 + len(chunk.drafts)) * chunk.is_last
 
 
-def _batch_of(plan: Plan) -> Batch:
+def _batch_of(plan: Plan, wants_hidden: bool) -> Batch:
     """Chunk by chunk: generated rows in the absorbed form first, then prompt rows in the MHA form."""
     tokens: list[int] = []
     segments: list[Segment] = []
@@ -183,7 +183,7 @@ def _batch_of(plan: Plan) -> Batch:
         tokens += [*chunk.sequence.tokens[chunk.start : chunk.start + chunk.num], *chunk.drafts]
         segments.append(Segment(chunk.start, chunk.num_rows, chunk.sequence.block_table, chunk.absorbed))
         logit_rows += range(len(tokens) - _num_logit_rows(chunk), len(tokens))
-    return Batch(torch.tensor(tokens), segments, torch.tensor(logit_rows, dtype=torch.int64))
+    return Batch(torch.tensor(tokens), segments, torch.tensor(logit_rows, dtype=torch.int64), wants_hidden)
 
 
 def _extend_prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from .config import ModelConfig
 from .ops import Ops
 from .tapes import Tapes
 
-MAX_VIEWS = 128  # sets of views that are kept, one for each number of rows
+MAX_VIEWS = 128  # sets of views that are kept, one for each number of rows; so the tapes are bounded too
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,10 @@ class StepBuffers:
             rows = torch.empty(2, num, dtype=torch.int64)
             self._inputs[key] = DecodeInputs(rows[0], rows[1], torch.zeros(key, dtype=torch.int64))
         return self._inputs[key]
+
+    def pair(self, num: int) -> Tensor:
+        """[N, 2H]: what an MTP module joins."""
+        return self._take("pair", num, 2 * self._config.hidden_size)
 
     def _make_rows(self, num: int) -> StepRows:
         config, hidden, heads = self._config, self._config.hidden_size, self._config.num_attention_heads

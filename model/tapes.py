@@ -10,8 +10,6 @@ from collections.abc import Callable, Hashable
 
 from .ops import Ops
 
-MAX_TAPES = 2048  # of one layer's calls, or fewer, of all layers
-
 
 class Tapes:
     def __init__(self, ops: Ops) -> None:
@@ -38,6 +36,4 @@ class Tapes:
         finally:
             self._is_noting = False
         if tape is not None:
-            if len(self._tapes) == MAX_TAPES:
-                self.forget()
             self._tapes[key] = tape
