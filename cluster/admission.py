@@ -204,37 +204,38 @@ class Admission:
         ticket.num_blocks, ticket.num_uncached, ticket.is_prefilled, ticket.is_seen = 0, 0, False, False
 
     def _place(self, ticket: Ticket, now: float) -> bool:
-        awake = [worker for worker in self.workers.values() if worker.load and worker.paused_until <= now]
-        prefill = [w for w in awake if w.role in ("prefill", "both") and w.holds(ticket.num_prompt)]
-        decode = [w for w in awake if w.role in ("decode", "both")]
-        block_size = min((w.load["block_size"] for w in awake if w.load), default=1)
+        awake = {
+            name: worker.load for name, worker in self.workers.items() if worker.load and worker.paused_until <= now
+        }
+        if not awake:
+            return False
+        block_size = min(load["block_size"] for load in awake.values())
         if ticket.keys is None:
             ticket.keys = prefix_keys(ticket.prompt, block_size)
         num_blocks = blocks_at_first(ticket.num_prompt, ticket.max_tokens, block_size) if ticket.needs_decode else 0
-        cached = {w.name: self.prefixes.hits(w.name, ticket.keys) for w in awake}
-        ticket.placement = place(
-            [
-                PrefillCandidate(w.name, w.queued_tokens, self._cached_tokens(ticket, cached[w.name], block_size))
-                for w in prefill
-            ],
-            [
-                DecodeCandidate(w.name, w.ledger.free_blocks, w.load["running"], cached[w.name])
-                for w in decode
-                if w.load
-            ],
-            ticket.num_prompt,
-            num_blocks,
-        )
-        if ticket.placement is None:
-            return False
-        chosen = ticket.placement
-        ticket.num_blocks = num_blocks
-        ticket.num_uncached = ticket.num_prompt - self._cached_tokens(ticket, cached[chosen.prefill], block_size)
-        self._count_prompt(chosen.prefill, ticket.num_prompt, ticket.num_uncached)
+        hits = {name: self.prefixes.hits(name, ticket.keys) for name in awake}
+        cached = {name: self._cached_tokens(ticket, hits[name], block_size) for name in awake}
+        prefill = [
+            PrefillCandidate(name, worker.queued_tokens, cached[name])
+            for name, worker in self.workers.items()
+            if name in awake and worker.role in ("prefill", "both") and worker.holds(ticket.num_prompt)
+        ]
+        decode = [
+            DecodeCandidate(name, worker.ledger.free_blocks, awake[name]["running"], hits[name])
+            for name, worker in self.workers.items()
+            if name in awake and worker.role in ("decode", "both")
+        ]
+        ticket.placement = place(prefill, decode, ticket.num_prompt, num_blocks)
+        if ticket.placement is not None:
+            self._reserve(ticket, ticket.placement, num_blocks, ticket.num_prompt - cached[ticket.placement.prefill])
+        return ticket.placement is not None
+
+    def _reserve(self, ticket: Ticket, chosen: Placement, num_blocks: int, num_uncached: int) -> None:
+        ticket.num_blocks, ticket.num_uncached = num_blocks, num_uncached
+        self._count_prompt(chosen.prefill, ticket.num_prompt, num_uncached)
         self.workers[chosen.decode].ledger.reserve(num_blocks)
         for name in {chosen.prefill, chosen.decode}:
-            self.prefixes.note(name, ticket.keys, self.workers[name].ledger.total_blocks)
-        return True
+            self.prefixes.note(name, ticket.keys or (), self.workers[name].ledger.total_blocks)
 
     @staticmethod
     def _cached_tokens(ticket: Ticket, num_blocks: int, block_size: int) -> int:

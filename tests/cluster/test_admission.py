@@ -128,6 +128,25 @@ def test_busy_goes_back_to_its_old_place_and_the_worker_rests() -> None:
     assert admission.place_waiting(BUSY_PAUSE_S) == [first, second]
 
 
+def test_a_prompt_that_comes_while_every_worker_rests_still_finds_its_prefix() -> None:
+    admission = admission_of(b0="both", b1="both")
+    prompt = list(range(300))
+    first, again = (Ticket(place, 300, 10, prompt) for place in range(2))
+    admission.join(first, 0.0)
+    assert first.placement == Placement("b0", "b0")
+    admission.note_token(first, "b0")
+    admission.release(first)
+    for name in ("b0", "b1"):
+        admission.pause(name, 0.0)
+    assert admission.join(again, 0.0)
+    assert again.placement is None
+    admission.report(load_of("b1", 8, total_blocks=9))
+    assert admission.place_waiting(BUSY_PAUSE_S) == [again]
+    assert again.placement == Placement("b0", "b0")
+    admission.release(again)
+    check_idle(admission)
+
+
 def test_a_death_concerns_who_still_needs_the_worker() -> None:
     admission = admission_of(p="prefill", d="decode")
     ticket, waiting = Ticket(1, 10, 10), Ticket(2, 10, 10)
