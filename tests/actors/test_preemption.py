@@ -16,7 +16,7 @@ LONG = [(17 * i) % 50 for i in range(1000)]
 
 
 def submit(worker: ScheduledWorker, name: str, prompt: list[int], max_tokens: int = 8, **more: Any) -> Sequence:
-    sequence = sequence_of(name, prompt, max_tokens, **more)
+    sequence: Sequence = sequence_of(name, prompt, max_tokens, **more)
     assert worker.scheduler.submit(sequence)
     return sequence
 
@@ -229,12 +229,10 @@ def test_prompts_get_a_share_while_others_decode(max_batch_tokens: int, alone: i
     assert [chunk.num for chunk in worker.step()] == [1, 1, 1, 1, beside]  # and two drafts of each
 
 
-PROMPTS = {
-    "root": st.integers(0, 1),
-    "length": st.sampled_from([1, 64, 65, 128, 200, 300]),
-    "own": st.sampled_from([0, 1, 70]),
-    "max_tokens": st.integers(1, 150),
-}
+# how many tokens that others begin with too (and which), how many of its own, and how many it asks for
+PROMPTS = st.tuples(
+    st.sampled_from([1, 64, 65, 128, 200, 300]), st.integers(0, 1), st.sampled_from([0, 1, 70]), st.integers(1, 150)
+)
 
 
 class SmallWorker(RuleBasedStateMachine):
@@ -247,25 +245,28 @@ class SmallWorker(RuleBasedStateMachine):
         self.wanted: dict[str, tuple[list[int], int]] = {}
         self.number = 0
 
-    def _new(self, root: int, length: int, own: int, max_tokens: int, **more: Any) -> Sequence:
+    def _new(self, drawn: tuple[int, int, int, int], **more: Any) -> Sequence:
+        length, root, own, max_tokens = drawn
         self.number += 1
         prompt = [root] * length + [100 + self.number] * own
-        return sequence_of(f"s{self.number}", prompt, max_tokens, **more)
+        made: Sequence = sequence_of(f"s{self.number}", prompt, max_tokens, **more)
+        return made
 
     def _want(self, sequence: Sequence, taken: bool) -> None:
         if taken:
             num_tokens = 1 if sequence.target else sequence.params.max_tokens
             self.wanted[sequence.id] = (list(sequence.tokens), num_tokens)
 
-    @rule(priority=st.integers(-1, 1), caller=st.sampled_from("ab"), is_remote=st.booleans(), **PROMPTS)
-    def submit(self, priority: int, caller: str, is_remote: bool, **prompt: int) -> None:
-        more = {"priority": priority, "caller": caller, "target": "elsewhere" if is_remote else ""}
-        sequence = self._new(**prompt, **more)
+    @rule(
+        prompt=PROMPTS, priority=st.integers(-1, 1), caller=st.sampled_from("ab"), bound_to=st.sampled_from(["", "d"])
+    )
+    def submit(self, prompt: tuple[int, int, int, int], priority: int, caller: str, bound_to: str) -> None:
+        sequence = self._new(prompt, priority=priority, caller=caller, target=bound_to)
         self._want(sequence, self.scheduler.submit(sequence))
 
-    @rule(**PROMPTS)
-    def reserve(self, **prompt: int) -> None:
-        sequence = self._new(**{**prompt, "max_tokens": prompt["max_tokens"] + 1})
+    @rule(prompt=PROMPTS)
+    def reserve(self, prompt: tuple[int, int, int, int]) -> None:
+        sequence = self._new((*prompt[:3], prompt[3] + 1))  # who wants one token only is never handed over
         self._want(sequence, self.scheduler.reserve(sequence))
 
     @precondition(lambda self: self.scheduler.receiving)
