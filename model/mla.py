@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .kv_cache import BLOCK_SIZE
+from .kv_cache import BLOCK_SIZE, blocks_for
 from .network_weights import LayerWeights
 from .ops import Ops
 from .step_buffers import StepBuffers, StepRows
@@ -59,6 +59,8 @@ def plan_attention(
     segments: Sequence[Segment], latent_dim: int, ops: Ops, buffers: StepBuffers | None = None
 ) -> AttentionPlan:
     segments = [segment for segment in segments if segment.num]
+    if buffers is not None and segments and all(segment.absorbed for segment in segments):
+        return _plan_absorbed(segments, latent_dim, ops, buffers)
     tables = _tables(segments)
     nums = np.array([segment.num for segment in segments], dtype=np.int64)
     ends = nums.cumsum()
@@ -66,14 +68,6 @@ def plan_attention(
     before = np.array([segment.start for segment in segments], dtype=np.int64) - ends + nums
     positions = np.arange(len(segment_of_row)) + before[segment_of_row]
     slots = tables[segment_of_row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    if buffers is not None and segments and all(segment.absorbed for segment in segments):
-        fixed = buffers.decode_inputs(len(positions), tables.shape[1])
-        fixed.positions.copy_(torch.from_numpy(positions))
-        fixed.slots.copy_(torch.from_numpy(slots))
-        fixed.block_tables[:, : tables.shape[1]].copy_(torch.from_numpy(tables[segment_of_row]))
-        plan = ops.plan_decode(fixed.positions, fixed.block_tables, latent_dim)
-        run = Run(slice(0, len(positions)), True, plan)
-        return AttentionPlan(fixed.positions, fixed.slots, (run,), (len(positions), fixed.block_tables.shape[1]))
     runs, first = [], 0
     for absorbed, last in _runs(segments):
         rows = slice(int(ends[first - 1]) if first else 0, int(ends[last - 1]))
@@ -85,6 +79,26 @@ def plan_attention(
         runs.append(Run(rows, absorbed, plan))
         first = last
     return AttentionPlan(torch.from_numpy(positions), torch.from_numpy(slots), tuple(runs))
+
+
+def _plan_absorbed(segments: Sequence[Segment], latent_dim: int, ops: Ops, buffers: StepBuffers) -> AttentionPlan:
+    """Few rows, in every decode step: written one by one into memory that stays, which is quicker than whole arrays."""
+    num_rows = sum(segment.num for segment in segments)
+    fixed = buffers.decode_inputs(num_rows, max(blocks_for(segment.start + segment.num) for segment in segments))
+    positions, slots, tables = fixed.positions.numpy(), fixed.slots.numpy(), fixed.block_tables.numpy()
+    row = 0
+    for segment in segments:
+        table, end = segment.block_table, segment.start + segment.num
+        width = blocks_for(end)
+        assert len(table) >= width, f"{len(table)} blocks do not reach position {end - 1}"
+        tables[row : row + segment.num, :width] = table[:width]
+        for position in range(segment.start, end):
+            positions[row] = position
+            slots[row] = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            row += 1
+    plan = ops.plan_decode(fixed.positions, fixed.block_tables, latent_dim)
+    run = Run(slice(0, num_rows), True, plan)
+    return AttentionPlan(fixed.positions, fixed.slots, (run,), (num_rows, fixed.block_tables.shape[1]))
 
 
 def _runs(segments: Sequence[Segment]) -> Iterator[tuple[bool, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .deepseek import DecoderLayer, OnLayer
-from .experts import ExpertBackend
+from .experts import ExpertBackend, LocalExperts
 from .kv_cache import LatentCache
 from .micro_batch import MicroBatch
 from .mla import Segment
@@ -51,6 +51,7 @@ class MtpModule:
         self._ops = weights.ops
         self._buffers = StepBuffers(config, cache.dtype, weights.ops)
         self._layer = DecoderLayer(config, weights.layer, config.num_hidden_layers, experts, weights.ops)
+        self._can_be_noted = isinstance(experts, LocalExperts) and experts.can_be_noted
 
     @torch.inference_mode()
     def draft(
@@ -65,13 +66,32 @@ class MtpModule:
 
         `on_layer` is called with this layer's number when its latents are in the cache.
         """
+        pair = self._buffers.pair(len(hidden))
         part = MicroBatch.of(segments, self.config, self._ops, self._rope, self._buffers)
-        assert len(part.rows.x) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
-        ops, weights, eps = self._ops, self._weights, self.config.rms_norm_eps
-        embedded = ops.rms_norm(weights.embed_tokens[next_ids], weights.enorm, eps)
-        pair = torch.cat((embedded, ops.rms_norm(hidden, weights.hnorm, eps)), dim=-1)
-        ops.linear(pair, weights.eh_proj, out=part.rows.x)
+        rows = part.rows
+        assert len(rows.x) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
+        torch.index_select(self._weights.embed_tokens, 0, next_ids, out=rows.shared)
+        rows.delta.copy_(hidden)
+        if self._can_be_noted and part.plan.shape is not None:
+            part.run("module", lambda: self._run(part, pair, None))
+            if on_layer is not None:
+                on_layer(self.config.num_hidden_layers)
+        else:
+            self._run(part, pair, on_layer)
+        wanted = rows.normed.index_select(0, logit_rows)
+        return Drafted(self._ops.wide_linear(wanted, self._weights.shared_head), wanted)
+
+    def _run(self, part: MicroBatch, pair: Tensor, on_layer: OnLayer | None) -> None:
+        """From the embedded tokens in `rows.shared` and the hidden rows in `rows.delta` to what the head reads."""
+        part.has_delta = False
+        part.run("join", lambda: self._join(part, pair))
         self._layer.begin(part, self.cache.layers[self.config.num_hidden_layers], on_layer)
         self._layer.finish(part)
-        wanted = part.norm(ops, weights.shared_head_norm, eps, part.rows.normed)[logit_rows]
-        return Drafted(ops.wide_linear(wanted, weights.shared_head), wanted)
+        part.norm(self._ops, self._weights.shared_head_norm, self.config.rms_norm_eps, part.rows.normed)
+
+    def _join(self, part: MicroBatch, pair: Tensor) -> None:
+        ops, weights, rows, eps = self._ops, self._weights, part.rows, self.config.rms_norm_eps
+        hidden_size = self.config.hidden_size
+        ops.rms_norm(rows.shared, weights.enorm, eps, out=pair[:, :hidden_size])
+        ops.rms_norm(rows.delta, weights.hnorm, eps, out=pair[:, hidden_size:])
+        ops.linear(pair, weights.eh_proj, out=rows.x)

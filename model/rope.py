@@ -18,22 +18,20 @@ class RopeTable:
         # The angle is rounded to fp32, as in training; cos and sin of that angle are exact to the last fp32 bit.
         angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse_frequencies(config)
         scale = 1.0 if config.rope_scaling is None else config.rope_scaling.table_scale
-        self._cos = (angles.double().cos() * scale).float()
-        self._sin = (angles.double().sin() * scale).float()
+        self._cos = (angles.double().cos() * scale).float().repeat(1, 2)
+        self._sin = (angles.double().sin() * scale).float().repeat(1, 2)
 
     @property
     def num_positions(self) -> int:
         return self._cos.shape[0]
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self._cos[positions], self._sin[positions]
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
     def fill(self, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
         """What a call returns, into memory of the caller's."""
-        half = self._cos.shape[1]
-        for table, out in ((self._cos, cos), (self._sin, sin)):
-            out.view(-1, 2, half).copy_(table.index_select(0, positions)[:, None])
+        torch.index_select(self._cos, 0, positions, out=cos)
+        torch.index_select(self._sin, 0, positions, out=sin)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

@@ -170,7 +170,9 @@ def test_only_the_wanted_rows_have_logits() -> None:
 def test_a_second_application_reads_what_the_first_one_put_out() -> None:
     """Its logits are those of a longer text whose hidden row at the next position is the module's own output."""
     given, mtp = case("v3"), module(case("v3"))
-    first = mtp.draft(given.hidden, given.next_ids, [Segment(0, LENGTH, shuffled_table(), False)], torch.tensor([-1]))
+    first = mtp.draft(
+        given.hidden, given.next_ids, [Segment(0, LENGTH, shuffled_table(), False)], torch.tensor([LENGTH - 1])
+    )
     token = first.logits.argmax(-1)
     second = mtp.draft(first.hidden, token, [Segment(LENGTH, 1, shuffled_table(), True)], torch.tensor([0]))
     longer = Case(
