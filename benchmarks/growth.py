@@ -121,7 +121,8 @@ def by_expert_workers(told: Told, is_quick: bool) -> dict[str, Any]:
                 rows.append([workers, num, *decode_figures(running, num, is_quick)])
     about = (
         "One attention worker, BF16 `small`, one replica of each expert. All workers share the same cores, so more of "
-        "them can only cost: this is the price of cutting finer, not a speed-up."
+        "them can only cost: this is the price of cutting finer. Kernels use both cores in turn with one "
+        "expert worker, and one thread a process beyond."
     )
     return curve("Decode over expert workers", ["workers", "c", "TPOT ms", "tokens/s"], rows, about) | {"by": ["c"]}
 
