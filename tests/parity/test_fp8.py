@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import FAMILIES
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -16,6 +17,7 @@ from braid.model.deepseek import Batch, DeepSeekModel
 from braid.model.experts import LocalExperts
 from braid.model.kv_cache import LatentCache
 from braid.model.mla import Segment
+from braid.model.ops import Ops
 from braid.model.weights import load_attention, load_experts
 
 SIZES = {  # several blocks and smaller edge blocks both ways
@@ -64,13 +66,13 @@ def oracle_logits(path: Path, config: DeepseekV3Config, state: dict[str, Tensor]
         return torch.as_tensor(model(token_ids[None]).logits[0])
 
 
-def our_logits(path: Path, token_ids: Tensor) -> Tensor:
+def our_logits(path: Path, token_ids: Tensor, ops: Ops) -> Tensor:
     """The prompt in one piece, the rest one token at a time."""
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     cache = LatentCache(config, num_blocks=1, dtype=torch.float32)
-    experts = LocalExperts(load_experts(checkpoint, config, range(3), range(8), torch.float32))
-    model = DeepSeekModel(config, load_attention(checkpoint, config, torch.float32), cache, experts)
+    experts = LocalExperts(load_experts(checkpoint, config, range(3), range(8), torch.float32, ops=ops))
+    model = DeepSeekModel(config, load_attention(checkpoint, config, torch.float32, ops=ops), cache, experts)
     starts = [0, *range(NUM_PROMPT, NUM_TOKENS)]
     logits = []
     for start, stop in zip(starts, [*starts[1:], NUM_TOKENS], strict=True):
@@ -79,15 +81,16 @@ def our_logits(path: Path, token_ids: Tensor) -> Tensor:
     return torch.cat(logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
-def test_logits_of_an_fp8_checkpoint(tmp_path: Path, scale_format: ScaleFormat) -> None:
+def test_logits_of_an_fp8_checkpoint(tmp_path: Path, scale_format: ScaleFormat, family: str) -> None:
     torch.manual_seed(1)
     config = DeepseekV3Config(**SIZES, initializer_range=0.1)
     DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / "float32")
     convert(tmp_path / "float32", tmp_path / "fp8", "fp8", scale_format=scale_format)
     token_ids = torch.randint(0, 200, (NUM_TOKENS,), generator=torch.Generator().manual_seed(2))
     expected = oracle_logits(tmp_path / "oracle", config, dequantise_float64(tmp_path / "fp8"), token_ids)
-    got = our_logits(tmp_path / "fp8", token_ids)
+    got = our_logits(tmp_path / "fp8", token_ids, FAMILIES[family])
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.equal(got.argmax(dim=1), expected.argmax(dim=1))
     assert expected.std() > 0.5  # logits so small that anything agrees would prove nothing
