@@ -85,7 +85,9 @@ def run_section(section: Section, rounds: int, threads: int, progress: Told) -> 
                     continue
                 progress.say(f"round {round_number + 1} of {rounds}: {contender.name}")
                 try:
-                    take_turn(section, contender, running[contender.name], round_number, engines[contender.name])
+                    engine = running[contender.name]
+                    with engine.awake():
+                        take_turn(section, contender, engine, round_number, engines[contender.name])
                 except EngineFailed as error:
                     engines[contender.name]["failed"] = str(error)
                     running.pop(contender.name).close()

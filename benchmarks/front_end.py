@@ -1,4 +1,5 @@
-"""What the front ends add to the engine: time to the first token at concurrency 1, and their own CPU time per token.
+"""What the front ends add to the engine: time to the first token at concurrency 1, and CPU time per token; and what an
+idle cluster uses.
 
     python benchmarks/front_end.py [--model DIR] [--repeats 60] [--out FILE.json]
 
@@ -49,6 +50,7 @@ NAME, WORKER = "front-end-bench", "decode-0"
 HTTP_PORT, GRPC_PORT = 18940, 18941
 FRONTS = ("ray::FrontActor", "ray::ServeReplica", "ray::ProxyActor")
 NEW_TOKENS = 64
+SETTLE_S, IDLE_S = 5.0, 20.0
 
 Ask = Callable[[str, int], Awaitable[tuple[float, int]]]  # (prompt, max_tokens) -> seconds to the first token, tokens
 
@@ -117,7 +119,14 @@ async def measure(args: argparse.Namespace, secret: bytes) -> dict[str, Any]:
     channel.close()
     await many.close()
     await core.close()
-    return {"ttft_ms": times, "tokenize_ms": _tokenize_ms(tokenizer, args.words), "cpu_us_per_token": cpu}
+    await asyncio.sleep(SETTLE_S)
+    idle = await _idle_percent()
+    return {
+        "idle_percent_of_a_core": idle,
+        "ttft_ms": times,
+        "tokenize_ms": _tokenize_ms(tokenizer, args.words),
+        "cpu_us_per_token": cpu,
+    }
 
 
 def _worker() -> WorkerInfo:
@@ -224,6 +233,15 @@ async def _cpu_per_token(ask: Ask, args: argparse.Namespace) -> float:
     return min(found)
 
 
+async def _idle_percent() -> dict[str, float]:
+    """CPU time of each process of the cluster, Ray's own included, over IDLE_S."""
+    processes = [process for process in map(_process, Registry().get(NAME).processes()) if process]
+    before = {process: _cpu_s(process) for process in processes}
+    await asyncio.sleep(IDLE_S)
+    used = {f"{p.name()} {p.pid}": 100 * (_cpu_s(p) - before[p]) / IDLE_S for p in processes}
+    return {name: round(percent, 2) for name, percent in sorted(used.items(), key=lambda item: -item[1])}
+
+
 def _process(known: Any) -> psutil.Process | None:
     return psutil.Process(known.pid) if psutil.pid_exists(known.pid) else None
 
@@ -259,6 +277,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(name, f"{median:.2f}", f"{min(times):.2f}", added, f"{cpu:.0f}" if cpu else "")
     Console(width=100).print(table)
     Console().print(f"of which tokenizing: {result['tokenize_ms']:.3f} ms")
+    Console().print("idle, % of a core:", result["idle_percent_of_a_core"])
 
 
 if __name__ == "__main__":

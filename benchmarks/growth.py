@@ -171,7 +171,8 @@ def engine(checkpoint: str, expert_workers: int, kv_tokens: int = 32 * 320) -> I
     command = Command([sys.executable, "-m", "braid.benchmarks.rivals.braid", *arguments])
     with EngineProcess("growth", command, BENCH / "growth.log", work_dir()) as running:
         running.wait_ready(START_TIMEOUT_S)
-        yield running
+        with running.awake():
+            yield running
 
 
 def decode_figures(running: EngineProcess, num: int, is_quick: bool) -> tuple[float, float]:

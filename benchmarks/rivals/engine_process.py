@@ -8,7 +8,8 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ import psutil
 
 from .session import Answers
 
-STOP_S = 30.0
+STOP_S, ORPHANS_S = 60.0, 3.0
 
 
 class EngineFailed(Exception):
@@ -34,7 +35,7 @@ class Command:
 
 
 class EngineProcess:
-    """One driver and its children, in a session of their own. Frozen (SIGSTOP) except while it starts or has a job."""
+    """One driver and its children, in a session of their own. Frozen (SIGSTOP) except while it starts and `awake`."""
 
     def __init__(self, name: str, command: Command, log: Path, cwd: Path) -> None:
         self.name, self._log = name, log
@@ -49,7 +50,7 @@ class EngineProcess:
                 cwd=cwd,
                 start_new_session=True,
             )
-        self._unread = b""
+        self._unread, self._seen = b"", dict[int, psutil.Process]()
         self.version, self.start_s = "", 0.0
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -58,44 +59,55 @@ class EngineProcess:
         self.version, self.start_s = told["version"], time.monotonic() - self._began
         self._signal(signal.SIGSTOP)
 
-    def run(self, prompts: Sequence[list[int]], new_tokens: int, timeout_s: float) -> Answers:
-        """Raises EngineFailed."""
-        assert self._process.stdin is not None
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Its turn. It answers a short prompt first, which takes it through whatever it does after a long sleep."""
         self._signal(signal.SIGCONT)
+        try:
+            self.run([[5, 6, 7, 8]], 2, STOP_S)
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def run(self, prompts: Sequence[list[int]], new_tokens: int, timeout_s: float) -> Answers:
+        """While it is awake. Raises EngineFailed."""
+        assert self._process.stdin is not None
         job = {"prompts": list(prompts), "new_tokens": new_tokens}
         try:
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise EngineFailed(self._last_words()) from None
-        answers = Answers(**json.loads(self._read_line(timeout_s)))
-        self._signal(signal.SIGSTOP)
-        return answers
+        return Answers(**json.loads(self._read_line(timeout_s)))
 
     @property
     def peak_mib(self) -> float:
         return peak_of(self.processes()) / 2**20
 
     def processes(self) -> list[psutil.Process]:
-        return tree_of(self._process.pid)
+        """The driver and all below it; what was seen once is not forgotten when its parent is gone."""
+        self._seen |= {process.pid: process for process in tree_of(self._process.pid)}
+        return [process for process in self._seen.values() if process.is_running()]
 
     def close(self) -> None:
         """Asks, then insists; afterwards no process of it is left. A second call does nothing."""
-        if self._process.poll() is not None:
-            return
-        group = self.processes()
         self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-        for process in group:
-            if process.is_running():
-                process.kill()
-        psutil.wait_procs(group, STOP_S)
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        for last_resort in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                self._process.wait(STOP_S)
+                break
+            except subprocess.TimeoutExpired:
+                self._process.send_signal(last_resort)
+        _, left = psutil.wait_procs(self.processes(), ORPHANS_S)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, ORPHANS_S)
+        self._process.wait()
+        self._process.stdout.close()
 
     def __enter__(self) -> Self:
         return self
