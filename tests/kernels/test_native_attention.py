@@ -196,6 +196,23 @@ def test_sequences_decoded_together_keep_their_bits(sizes: tuple[int, ...], dtyp
         assert torch.equal(together, alone)
 
 
+def test_sequences_with_a_common_prefix_keep_their_bits() -> None:
+    first, second = (Sequence(BUNDLED, 200, torch.float32, seed=seed) for seed in (1, 2))
+    cache = torch.cat([first.cache, second.cache])
+    tables = first.table.repeat(3, 1)
+    tables[2, 1:] = second.table[1:] + len(first.cache)
+    q, positions = (
+        first.q_absorbed[:3],
+        torch.tensor([199, 63, 199]),
+    )  # the middle one is as much of the one as the other
+    alone = [
+        mla_decode(q[i : i + 1], cache, positions[i : i + 1], tables[i : i + 1], first.scale, first.lora)
+        for i in range(3)
+    ]
+    assert torch.equal(mla_decode(q, cache, positions, tables, first.scale, first.lora), torch.cat(alone))
+    assert not torch.equal(alone[0], alone[2])
+
+
 def test_strided_operands_change_no_bits() -> None:
     sequence = Sequence(V3, 200, torch.bfloat16)
     wide_q = torch.full((200, 8, 700), torch.nan, dtype=torch.bfloat16)
