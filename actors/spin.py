@@ -1,4 +1,4 @@
-"""A bounded wait without sleeping: what comes within a millisecond costs no wake-up.
+"""A bounded wait without sleeping: what comes within milliseconds costs no wake-up.
 
 To wake a sleeping core costs tens of microseconds, more than a message takes to arrive. Whoever waits here yields its
 core again and again; where somebody else ran in the meantime the core is wanted, and the next waits are spent asleep.
@@ -11,7 +11,7 @@ from .shm_pipe import HAS_NATIVE
 if HAS_NATIVE:
     from . import _native
 
-SPIN_S = 0.001
+SPIN_S = 0.005  # a decode step's experts of one layer take a few milliseconds on a CPU
 MAX_PAUSE = 63  # waits spent asleep before the next try
 
 

@@ -13,7 +13,7 @@ import pytest
 from link_peer import ECHO, RING_BYTES, TIMEOUT_S, TRANSPORTS, LinkHost
 
 from braid.actors import _native
-from braid.actors.links import Link, LinkClosed
+from braid.actors.links import Link, LinkClosed, Message
 from braid.actors.reactor import MAX_MESSAGES_A_TURN, Closed, Opened, Reactor, Received
 
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
@@ -180,7 +180,7 @@ def test_a_reserved_message_keeps_its_place_in_the_order(host: LinkHost, far: Re
 def test_held_messages_that_are_dropped_free_the_ring(host: LinkHost, far: Reactor) -> None:
     near, dialed = host.dial("shm", far)
     near.hold_payloads(7)
-    kept = []
+    kept: list[Message] = []
     for index in range(40):
         dialed.send(7, b"%d" % index, bytes([index]) * (RING_BYTES // 5))
         host.until(lambda: far.poll(0) == [] and bool(host.received(near)), "a message")
