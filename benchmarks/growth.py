@@ -108,9 +108,9 @@ def by_prompt(told: Told, is_quick: bool) -> dict[str, Any]:
                 figures.time_to_first_token_s(running.run(prompts(1, length), 1, JOB_TIMEOUT_S).times_s)
                 for _ in range(1 if is_quick or length > 4096 else ROUNDS)
             ]
-            rows.append([length, statistics.median(seconds), length / statistics.median(seconds)])
+            rows.append([length, length / statistics.median(seconds), statistics.median(seconds)])
     about = f"Colocated, BF16 `small`, one prompt at a time; medians of {ROUNDS}, of the longest once."
-    return curve("Time to first token over prompt length", ["prompt", "seconds", "tokens/s"], rows, about)
+    return curve("Time to first token over prompt length", ["prompt", "tokens/s", "seconds"], rows, about)
 
 
 def by_expert_workers(told: Told, is_quick: bool) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def compare(result: Result, path: Path) -> None:
     figure, axes = plt.subplots(len(sections), 2, figsize=(10, height), width_ratios=(2.6, 1), squeeze=False)
     for (speed, first), section in zip(axes, sections, strict=True):
         engines = {name: engine for name, engine in section["engines"].items() if engine.get("figures")}
-        colours = _colours(engines)
+        colours = _colours(section["engines"])  # of those that failed too: a name keeps its colour
         keys = [f"decode_c{c}" for c in section["concurrency"]]
         _bars(speed, engines, keys, colours, section["floor"])
         speed.set_xticks(range(len(keys)), [f"c = {c}" for c in section["concurrency"]])
@@ -48,7 +48,7 @@ def growth(result: Result, path: Path) -> None:
         x, y = curve["columns"].index(curve["x"]), curve["columns"].index(curve["y"])
         groups: dict[str, list[tuple[float, float]]] = {}
         for row in curve["rows"]:
-            label = " ".join(str(row[curve["columns"].index(name)]) for name in curve.get("by", []))
+            label = ", ".join(f"{name} = {row[curve['columns'].index(name)]}" for name in curve.get("by", []))
             groups.setdefault(label, []).append((row[x], row[y]))
         for label, points in groups.items():
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label or None)
