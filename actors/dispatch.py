@@ -11,7 +11,6 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..router.expert_map import ExpertMap
 from ..router.replica_bias import ReplicaBias
+from .hops import Counters, Part, RemoteHandle
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import DISPATCH, ROWS, Kind
 from .pairs import Ints, encode, scatter, split
@@ -43,53 +43,6 @@ class Mail(Protocol):
     def poll(self, timeout_s: float) -> list[Event]: ...
 
     def defer(self, event: Event) -> None: ...
-
-
-@dataclass(slots=True)
-class Part:
-    """What one expert worker owes: the flat slots (row * k + slot) of one layer's dispatch."""
-
-    handle: RemoteHandle
-    owner: int
-    link: Link
-    slots: Ints
-    expires: float
-    sent: float = 0.0
-
-
-@dataclass(slots=True)
-class RemoteHandle:
-    """Returned by dispatch, consumed by collect: holds the inputs until every row is back."""
-
-    layer: int
-    x: Tensor
-    experts: Ints
-    top_k: int
-    first_row: int
-    whole: Message | None = None  # the answer of one worker that had everything: its rows are in slot order
-    buffer: RowBuffer | None = None  # else where the rows of several come together
-    pending: dict[int, Part] = field(default_factory=dict)
-
-    @property
-    def row_bytes(self) -> int:
-        return self.x.shape[1] * self.x.itemsize
-
-
-@dataclass(slots=True)
-class Counters:
-    """Sums. A hop is one worker's share of a layer; `timed` are those whose rows were waited for, not fetched late."""
-
-    hops: int = 0
-    rows: int = 0
-    bytes_out: int = 0
-    bytes_in: int = 0
-    resent: int = 0
-    timed: int = 0
-    serialise_s: float = 0.0
-    wire_s: float = 0.0  # both ways, of the timed hops
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-    wait_s: float = 0.0
 
 
 class RemoteExperts:
