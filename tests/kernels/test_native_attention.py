@@ -107,8 +107,8 @@ def test_both_forms_are_right(sizes: tuple[int, ...], length: int, dtype: torch.
     sequence = Sequence(sizes, length, dtype)
     positions = list(range(length))[-3:]
     assert_as_good(sequence.decode(positions), sequence.reference_decode(positions), sequence.exact_decode(positions))
-    exact = sequence.exact_prefill(list(range(length)))
-    assert_as_good(sequence.prefill(0, length), sequence.reference_prefill(), exact)
+    exact = sequence.exact_prefill(positions := list(range(length))[-70:])
+    assert_as_good(sequence.prefill(0, length)[positions], sequence.reference_prefill()[positions], exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
