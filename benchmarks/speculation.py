@@ -25,7 +25,7 @@ from braid.tests.processes import ProcessCluster
 BUNDLED = Path(braid.__file__).parent / "model" / "bundled"
 CONCURRENCY = (1, 8, 32)
 TEMPERATURES = (0.0, 1.0)
-PROMPT_TOKENS, NEW_TOKENS = 128, 128
+PROMPT_TOKENS, NEW_TOKENS = 128, 256
 
 
 def held_out(count: int) -> list[list[int]]:
@@ -66,8 +66,13 @@ def measure(cluster: ProcessCluster, prompts: list[list[int]], temperature: floa
 def compare(
     plain: ProcessCluster, drafting: ProcessCluster, prompts: list[list[int]], temperature: float, rounds: int
 ) -> dict[str, Any]:
-    """Median, least and most of the rounds; the ratio is the median of the rounds' own ratios."""
-    turns = [[measure(cluster, prompts, temperature) for cluster in (plain, drafting)] for _ in range(rounds + 1)][1:]
+    """Median, least and most of the rounds; the ratio is the median of the rounds' own ratios. Each has own prompts."""
+    turns = []
+    for number in range(rounds + 1):  # the first one warms up
+        count = len(prompts) // (rounds + 1)
+        own = prompts[number * count : (number + 1) * count]
+        turns.append([measure(cluster, own, temperature) for cluster in (plain, drafting)])
+    del turns[0]
     assert all(ours["answers"] == theirs["answers"] for ours, theirs in turns), "a draft has changed an answer"
     ratios = sorted(theirs["tokens_per_s"] / ours["tokens_per_s"] for ours, theirs in turns)
     result: dict[str, Any] = {"ratio": statistics.median(ratios), "ratio_spread": [ratios[0], ratios[-1]]}
@@ -78,7 +83,7 @@ def compare(
         result[name] = {
             "tokens_per_s": statistics.median(rates),
             "spread": [rates[0], rates[-1]],
-            "tokens_per_step": rounds * len(prompts) * NEW_TOKENS / steps / len(prompts),
+            "tokens_per_step": rounds * NEW_TOKENS / steps,
             "forward_us_per_step": 1e6 * sum(run["forward_s"] for run in runs) / steps,
             "host_us_per_step": 1e6 * sum(run["host_s"] for run in runs) / steps,
         }
@@ -100,7 +105,7 @@ def run(rounds: int, threads: int) -> Iterator[dict[str, Any]]:
         plain, drafting = cluster(False), cluster(True)
         for temperature in TEMPERATURES:
             for concurrency in CONCURRENCY:
-                found = compare(plain, drafting, held_out(concurrency), temperature, rounds)
+                found = compare(plain, drafting, held_out(concurrency * (rounds + 1)), temperature, rounds)
                 yield {"temperature": temperature, "concurrency": concurrency, **found}
 
 
