@@ -55,12 +55,13 @@ class Costs:
 
     def observe(self, num_rows: int, seconds: float) -> None:
         rows = _rounded(num_rows)
-        count = self._count.get(rows, 0)
-        self._count[rows] = count + 1
-        if not count:
+        count = self._count[rows] = self._count.get(rows, 0) + 1
+        if count == 1:
+            return  # takes memory and notes kernel calls: it says nothing of those that follow
+        if count == 2:
             self._rows.insert(bisect_left(self._rows, rows), rows)
             self._mean[rows] = seconds
-        elif count < 3:  # the first passes of a shape warm caches up
+        elif count < 5:
             self._mean[rows] = min(self._mean[rows], seconds)
         else:  # a core that was taken away for a while says nothing about the pass
             self._mean[rows] += (min(seconds, 2 * self._mean[rows]) - self._mean[rows]) / 10

@@ -72,7 +72,7 @@ def test_two_drafts_where_rows_are_free_and_drafts_come_true() -> None:
 def test_one_draft_where_the_second_seldom_comes_true() -> None:
     depths = World(memory_bound, lambda rows: 2.0, (0.8, 0.1)).run(1, 1000)
     assert depths[1] >= 900
-    assert depths[0] == 0
+    assert depths[0] <= 2
 
 
 def test_none_where_rows_cost_what_they_bring() -> None:
@@ -124,9 +124,10 @@ def test_a_probe_notices_that_drafts_come_true_again() -> None:
 
 def test_a_sequence_whose_drafts_fail_does_not_draft_among_others_that_do() -> None:
     policy = Speculation()
-    policy.verify_costs.observe(2, 10.0)
-    policy.verify_costs.observe(6, 12.0)
-    policy.draft_costs.observe(2, 3.0)
+    for _ in range(2):
+        policy.verify_costs.observe(2, 10.0)
+        policy.verify_costs.observe(6, 12.0)
+        policy.draft_costs.observe(2, 3.0)
     good, bad = policy.new_sequence(), policy.new_sequence()
     for _ in range(30):
         policy.verified(good, 2, 2)
@@ -151,9 +152,9 @@ def test_acceptance_of_a_draft_counts_only_where_it_was_reached() -> None:
 def test_costs_interpolate_and_forget_a_stall() -> None:
     costs = Costs()
     assert costs.at(7) == 0.0
-    for _ in range(20):
-        costs.observe(2, 1.0)
-        costs.observe(6, 3.0)
+    for seconds in (50.0, *[1.0] * 20):  # the first pass of a shape is not counted
+        costs.observe(2, seconds)
+        costs.observe(6, 3 * seconds)
     assert (costs.at(1), costs.at(2), costs.at(4), costs.at(6), costs.at(99)) == (0.5, 1.0, 2.0, 3.0, 3.0)
     costs.observe(6, 500.0)
     assert costs.at(6) < 3.4
@@ -163,6 +164,7 @@ def test_costs_keep_few_sizes_apart() -> None:
     costs = Costs()
     for rows in range(1, 4097):
         costs.observe(rows, float(rows))
+        costs.observe(rows, float(rows))
     assert len(costs._rows) < 50
     for rows in (1, 3, 10, 100, 1000):
         assert costs.at(rows) == pytest.approx(rows, rel=0.3)
@@ -170,9 +172,10 @@ def test_costs_keep_few_sizes_apart() -> None:
 
 def test_probes_grow_rare() -> None:
     policy = Speculation()
-    policy.verify_costs.observe(1, 1.0)
-    policy.verify_costs.observe(3, 30.0)
-    policy.draft_costs.observe(1, 1.0)
+    for _ in range(2):
+        policy.verify_costs.observe(1, 1.0)
+        policy.verify_costs.observe(3, 30.0)
+        policy.draft_costs.observe(1, 1.0)
     probed = []
     for step in range(6 * LAST_PROBE):
         policy.start(1)
