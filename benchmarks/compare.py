@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,15 @@ def run_section(section: Section, rounds: int, threads: int, progress: Told) -> 
                     running.pop(contender.name).close()
                 progress.advance()
     compare_answers(engines)
-    best = max((before, measure(section, threads)), key=lambda m: m.read_gb_s)
+    after = measure(section, threads)
+    best = replace(
+        before,
+        read_gb_s=max(before.read_gb_s, after.read_gb_s),
+        matmul_gflop_s=max(before.matmul_gflop_s, after.matmul_gflop_s),
+    )
     return {
         "title": section.title,
+        "date": machine.describe()["date"],
         "dtype": section.dtype,
         "checkpoint": section.checkpoint,
         "new_tokens": section.new_tokens,
@@ -103,7 +110,7 @@ def run_section(section: Section, rounds: int, threads: int, progress: Told) -> 
         "long_tokens": section.long_tokens,
         "concurrency": list(section.concurrency),
         "read_gb_s": best.read_gb_s,
-        "matmul_gflop_s": max(before.matmul_gflop_s, best.matmul_gflop_s),
+        "matmul_gflop_s": best.matmul_gflop_s,
         "floor": floor(section, best),
         "engines": engines,
     }

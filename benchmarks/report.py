@@ -92,7 +92,7 @@ def remarks(section: Result) -> Iterator[str]:
     rounds = max((len(v) for e in section["engines"].values() for v in e.get("figures", {}).values()), default=0)
     yield (
         f"Checkpoint `{section['checkpoint']}`, prompts of {section['prompt_tokens']} tokens, {section['new_tokens']} "
-        f"new tokens, greedy; medians of {rounds} rounds with least and most. "
+        f"new tokens, greedy; medians of {rounds} rounds with least and most; {section['date']}. "
         "Start-up: from the start of the process until its first two answers. Memory: high-water mark, resident."
     )
     short = [name for name, e in section["engines"].items() if 0 < _rounds(e) < rounds]

@@ -28,6 +28,7 @@ def engine(speed: list[float], first_s: list[float], start_s: float, peak: float
 def section(**engines: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": "BF16",
+        "date": "today",
         "checkpoint": "small-bf16",
         "prompt_tokens": 128,
         "new_tokens": 128,
