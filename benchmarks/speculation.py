@@ -97,7 +97,7 @@ def run(rounds: int, threads: int) -> Iterator[dict[str, Any]]:
 
         def cluster(speculation: bool) -> ProcessCluster:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            limits = {"threads": threads, "speculation": speculation}
+            limits: dict[str, Any] = {"threads": threads, "speculation": speculation}
             return stack.enter_context(
                 closing(ProcessCluster(BUNDLED, folder, 0, 1, "colocated", "bfloat16", **limits))
             )

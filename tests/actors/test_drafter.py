@@ -108,7 +108,7 @@ class Loop:
 
     @property
     def drafter(self) -> Drafter:
-        drafter = self.worker.engine.drafter
+        drafter: Drafter | None = self.worker.engine.drafter
         assert drafter is not None
         return drafter
 
@@ -197,7 +197,7 @@ def test_rows_missed_while_nothing_was_drafted_are_made_up_for(make: Make) -> No
     loop = make(target, near(target), 2)
     policy = cast(Always, loop.drafter.speculation)
     depths = itertools.cycle([2, 0, 0, 1, 0, 2, 2] + [0] * (MAX_HELD_ROWS - 1) + [1])
-    policy.start = lambda num: setattr(policy, "wanted", next(depths))  # type: ignore[method-assign]
+    policy.start = lambda num_sequences: setattr(policy, "wanted", next(depths))  # type: ignore[method-assign]
     loop.ask([(70, SamplingParams(300, temperature=1.0, seed=2, ignore_eos=True)), *REQUESTS])
     assert not loop.module.has_gaps
     assert loop.drafter.num_drafted > 0

@@ -12,7 +12,7 @@ import pytest
 
 from braid.cluster.errors import SpecError
 from braid.cluster.preflight import check_ports, check_weights, model_facts, model_path, read_api_keys, read_secret
-from braid.cluster.spec import ClusterSpec, from_dict
+from braid.cluster.spec import ClusterSpec, from_dict, load_spec
 
 
 def test_the_bundled_model_is_ready_to_serve() -> None:
@@ -20,6 +20,13 @@ def test_the_bundled_model_is_ready_to_serve() -> None:
     assert facts.num_experts >= 16
     assert facts.architecture == "DeepseekV3ForCausalLM"
     check_weights(ClusterSpec(), facts)
+
+
+def test_the_map_covers_the_mtp_layer_while_drafts_are_wanted(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("engine: {speculation: off}")
+    assert model_facts(ClusterSpec()).moe_layers == (1, 2, 3, 4, 5)
+    assert model_facts(load_spec(spec, {})).moe_layers == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
