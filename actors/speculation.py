@@ -114,8 +114,8 @@ class Speculation:
 
     def depth(self, own: Acceptance) -> int:
         """Drafts for one sequence: what pays by its own acceptance, among company that drafts alike."""
-        if self._probes_left:
-            return MAX_DEPTH
+        if self._probes_left or not self._depth:  # off for all: nothing is weighed for each
+            return MAX_DEPTH if self._probes_left else 0
         depth = self._best(own)
         if not depth:
             own.forget(self.acceptance)
