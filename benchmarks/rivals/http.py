@@ -25,7 +25,7 @@ POLL_S, STOP_S, JOB_TIMEOUT_S = 0.25, 60.0, 1200.0
 
 class Http:
     def __init__(self, port: int, model: str, timeout_s: float, command: Sequence[str]) -> None:
-        self.version = f"{command[0].rpartition('/')[2]} over HTTP"
+        self.version = "its own server"
         self._url, self._model = f"http://127.0.0.1:{port}/v1/completions", model
         self._server = subprocess.Popen(list(command))
         try:
