@@ -79,7 +79,9 @@ class Engine:
         self.requests.counters["tokens"] += len(batch.token_ids)
         computed = self._postprocess(plan, output.logits, lost_rows)
         if self.drafter is not None:
-            if not prompts:
+            if prompts:
+                self.requests.peers.flush()  # a first token need not wait until the module has read its prompt
+            else:
                 self.drafter.speculation.verify_costs.observe(len(batch.token_ids), time.perf_counter() - started)
             self.forward_s += self.drafter.run(computed, output.hidden, len(self.scheduler.decoding), on_layer)
         self.requests.hand_over_ready(plan)
