@@ -40,7 +40,7 @@ from braid.model.ops import ops_for
 
 RESULTS = Path(__file__).resolve().parent / "results" / "growth.json"
 START_TIMEOUT_S, JOB_TIMEOUT_S = 300.0, 900.0
-NEW_TOKENS, PROMPT_TOKENS, ROUNDS = 32, 128, 3
+NEW_TOKENS, PROMPT_TOKENS, ROUNDS = 96, 128, 5  # the last of 64 prompts gets its first token after some 32 steps
 Rows = list[list[Any]]
 
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 def by_concurrency(told: Told, is_quick: bool) -> dict[str, Any]:
     rows: Rows = []
-    with engine("small-bf16", 0, kv_tokens=64 * 4 * BLOCK_SIZE) as running:
+    with engine("small-bf16", 0, kv_tokens=64 * 6 * BLOCK_SIZE) as running:
         for num in ends([1, 2, 4, 8, 16, 32, 64], is_quick, told):
             rows.append([num, *decode_figures(running, num, is_quick)])
     about = f"Colocated, BF16 `small`, prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new tokens; medians of {ROUNDS}."
