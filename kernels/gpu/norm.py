@@ -1,0 +1,96 @@
+"""Residual sum, RMSNorm and per-128 quantisation of a row, in one pass over it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .scales import E4M3_MAX, GROUP, group_scale, num_groups
+
+
+class Quantised(NamedTuple):
+    """codes: e4m3 [M, K]; scales: fp32 [ceil(K / 128), M], a group's scales side by side as the products read them."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr, delta_ptr, weight_ptr, out_ptr, codes_ptr, scales_ptr, x_stride, scales_stride, columns, eps,
+    HAS_DELTA: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_OUT: tl.constexpr, QUANTISES: tl.constexpr,
+    UE8M0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    dtype = x.dtype
+    wide = x.to(tl.float32)
+    if HAS_DELTA:  # rounded to the stream's dtype before it is normed, as the layers do one after the other
+        delta = tl.load(delta_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = (wide + delta).to(dtype)
+        tl.store(x_ptr + row * x_stride + column, rounded, mask=inside)
+        wide = rounded.to(tl.float32)
+    if HAS_WEIGHT:
+        mean = tl.sum(wide * wide, 0) / columns
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        normed = (wide * (1.0 / tl.sqrt(mean + eps))).to(dtype).to(tl.float32)
+        wide = (normed * weight).to(dtype).to(tl.float32)
+    if HAS_OUT:
+        tl.store(out_ptr + row * columns + column, wide.to(dtype), mask=inside)
+    if QUANTISES:
+        grouped = tl.reshape(wide, (BLOCK // 128, 128))
+        scale = group_scale(tl.max(tl.abs(grouped), 1), UE8M0)
+        codes = tl.reshape(tl.clamp(grouped / scale[:, None], -E4M3_MAX, E4M3_MAX), (BLOCK,))
+        tl.store(codes_ptr + row * columns + column, codes.to(tl.float8e4nv), mask=inside)
+        group = tl.arange(0, BLOCK // 128)
+        tl.store(scales_ptr + group * scales_stride + row, scale, mask=group * 128 < columns)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """x += delta in place (where there is one), then the norm of x: bf16 [M, H] -> bf16 [M, H]."""
+    out = torch.empty_like(x) if out is None else out
+    _launch(x, delta, weight, eps, out, None, ue8m0=False)
+    return out
+
+
+def add_rms_norm_quantised(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, ue8m0: bool, out: Tensor | None = None
+) -> Quantised:
+    """The same, quantised; `out` receives the bf16 norm too (the gate reads it)."""
+    quantised = _empty(x)
+    _launch(x, delta, weight, eps, out, quantised, ue8m0)
+    return quantised
+
+
+def quantise(x: Tensor, ue8m0: bool) -> Quantised:
+    """bf16 [M, K] (rows may be strided) -> its codes and scales."""
+    quantised = _empty(x)
+    _launch(x, None, None, 0.0, None, quantised, ue8m0)
+    return quantised
+
+
+def _empty(x: Tensor) -> Quantised:
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    return Quantised(codes, torch.empty(num_groups(columns), rows, device=x.device))
+
+
+def _launch(
+    x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, out: Tensor | None, to: Quantised | None,
+    ue8m0: bool,
+) -> None:  # fmt: skip
+    rows, columns = x.shape
+    if rows == 0:
+        return
+    block = max(triton.next_power_of_2(columns), GROUP)
+    _norm_kernel[(rows,)](
+        x, delta, weight, out, to and to.codes, to and to.scales, x.stride(0), rows, columns, eps,
+        HAS_DELTA=delta is not None, HAS_WEIGHT=weight is not None, HAS_OUT=out is not None,
+        QUANTISES=to is not None, UE8M0=ue8m0, BLOCK=block, num_warps=8 if block >= 4096 else 4,
+    )  # fmt: skip
