@@ -5,9 +5,11 @@ python -m braid.benchmarks.rivals.vllm MODEL_DIR THREADS
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .session import Answers, Stopwatch, serve, take_stdout
@@ -30,6 +32,11 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
+def dtype_of(model: str) -> str:
+    """The checkpoint's own: left to itself, vLLM takes one in float32 for bfloat16."""
+    return str(json.loads((Path(model) / "config.json").read_text())["dtype"])
+
+
 class Vllm:
     def __init__(self, model: str) -> None:
         import vllm
@@ -38,6 +45,7 @@ class Vllm:
         self._params = vllm.SamplingParams
         llm = vllm.LLM(
             model,
+            dtype=dtype_of(model),
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=MAX_SEQUENCES,
             enforce_eager=True,
