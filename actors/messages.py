@@ -3,6 +3,7 @@
 front -> attention:   SUBMIT, CANCEL               attention -> front:   TOKENS, LOAD
 prefill -> decode:    KV_OPEN, KV_LAYER, KV_DONE, KV_ABORT               decode -> prefill: KV_ACCEPTED, KV_REFUSED
 attention -> expert:  DISPATCH                     expert -> attention:  ROWS, NOT_RESIDENT
+attention -> expert:  MAIL_OFFER, MAIL_WAKE        expert -> attention:  MAIL_ACCEPTED, MAIL_REFUSED
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Kind(IntEnum):
     DISPATCH = 20
     ROWS = 21
     NOT_RESIDENT = 22
+    MAIL_OFFER = 30
+    MAIL_ACCEPTED = 31
+    MAIL_REFUSED = 32
+    MAIL_WAKE = 33
 
 
 def pack(body: Any) -> bytes:
@@ -89,7 +94,11 @@ class TokenItem:
     timing: dict[str, float] = field(default_factory=dict)
 
     def wire(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        """What comes after the tokens is left out where it has its default, as in most items: packing is on the path."""
+        body = {"id": self.id, "index": self.index, "token_ids": self.token_ids}
+        return body | {
+            name: value for name in self.__slots__[3:] if (value := getattr(self, name)) not in (None, 0, {})
+        }
 
 
 # layer u16, request number u32 (unique per link), first position u32, number of positions u32, CRC-32 of the rows u32

@@ -214,10 +214,9 @@ class FrontEnd:
             self.metrics.generation_tokens.inc(num_tokens)
 
     def _on_item(self, flight: Flight, worker: str, item: TokenItem) -> None:
-        if item["error"] is not None or item["finish"] in ("error", "cancelled"):
-            self._on_error(
-                flight, worker, item["error"] or {"code": "unavailable", "message": f"{worker} cancelled it"}
-            )
+        error = item.get("error")
+        if error or item.get("finish") in ("error", "cancelled"):
+            self._on_error(flight, worker, error or {"code": "unavailable", "message": f"{worker} cancelled it"})
             return
         self.admission.note_token(flight.ticket, worker)
         deltas = list(flight.stream.push(item))

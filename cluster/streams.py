@@ -59,11 +59,11 @@ class OutputStream:
         self.num_cached = max(self.num_cached, item.get("cached") or 0)
         self.num_accepted = max(self.num_accepted, item.get("accepted") or 0)
         self.num_rejected = max(self.num_rejected, item.get("rejected") or 0)
-        text, used, stop = self._text(token_ids, item["finish"])
+        text, used, stop = self._text(token_ids, item.get("finish"))
         self.num_tokens += used
-        finish: Finish | None = "stop" if stop is not None else item["finish"]
+        finish: Finish | None = "stop" if stop is not None else item.get("finish")
         self.is_done = finish is not None
-        self.is_cut = self.is_done and item["finish"] is None
+        self.is_cut = self.is_done and not item.get("finish")
         logprobs = item.get("logprobs")
         return Delta(
             text,

@@ -162,13 +162,13 @@ class WireFront:
             for offset, token in enumerate(item["token_ids"]):
                 assert item["index"] + offset not in answer.tokens, f"{item['id']}: a token came twice"
                 answer.tokens[item["index"] + offset] = token
-            for offset, logprob in enumerate(item["logprobs"] or []):
+            for offset, logprob in enumerate(item.get("logprobs", [])):
                 answer.logprob_of[item["index"] + offset] = logprob
-            answer.prompt_logprobs += item["prompt_logprobs"] or []
-            answer.finish = item["finish"] or answer.finish
-            answer.error = item["error"] or answer.error
-            answer.cached = max(answer.cached, item["cached"])
-            answer.accepted, answer.rejected = item["accepted"], item["rejected"]
+            answer.prompt_logprobs += item.get("prompt_logprobs", [])
+            answer.finish = item.get("finish") or answer.finish
+            answer.error = item.get("error") or answer.error
+            answer.cached = max(answer.cached, item.get("cached", 0))
+            answer.accepted, answer.rejected = item.get("accepted", 0), item.get("rejected", 0)
 
 
 class ProcessCluster:

@@ -243,10 +243,10 @@ class Front:
         for offset, token in enumerate(item["token_ids"]):
             assert item["index"] + offset not in heard.tokens, f"a token came twice: {heard}"
             heard.tokens[item["index"] + offset] = token
-        heard.prompt_logprobs += len(item["prompt_logprobs"] or [])
-        if item["finish"]:
+        heard.prompt_logprobs += len(item.get("prompt_logprobs", []))
+        if "finish" in item:
             heard.finishes.append(item["finish"])
-        if item["error"]:
+        if "error" in item:
             heard.errors.append(item["error"])
 
 
