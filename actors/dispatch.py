@@ -52,6 +52,7 @@ class RemoteExperts:
     """
 
     has_waits = True
+    can_be_noted = False
 
     def __init__(self, mail: Mail, num_experts: int) -> None:
         self.while_waiting: Callable[[], None] = _nothing

@@ -4,7 +4,9 @@ A value is `float32(code) * scale`, rounded once to float32 and once more to the
 cast does. Blocks at the right and bottom edge may be smaller than the block size; they still have a scale of their own.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,30 @@ E4M3_MAX = 448.0
 TILE_COLUMNS = 2048
 
 ScaleFormat = Literal["float32", "ue8m0"]
+
+
+class BlockFp8(NamedTuple):
+    """A weight as an fp8 checkpoint holds it, or several: codes e4m3 [.., N, K], scales fp32, one for each block."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, *shape: int, device: torch.device) -> BlockFp8:
+        """shape: [.., N, K]."""
+        scales = (*shape[:-2], *scale_shape(shape[-2:]))
+        return cls(
+            torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
+            torch.empty(scales, dtype=torch.float32, device=device),
+        )
+
+    def rows(self, start: int, stop: int) -> BlockFp8:
+        """Of one matrix, from a multiple of 128 on."""
+        return BlockFp8(self.codes[start:stop], self.scales[start // BLOCK[0] : -(-stop // BLOCK[0])])
+
+    def to_float(self, dtype: torch.dtype) -> Tensor:
+        """Of one matrix: [N, K]."""
+        return dequantise(self.codes, self.scales, torch.empty_like(self.codes, dtype=dtype))
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, int]:

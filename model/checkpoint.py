@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.quant import dequantise, scale_shape
+from ..kernels.quant import BlockFp8, dequantise, scale_shape
 from .config import ModelConfig
 from .safetensors_file import CheckpointError, TensorSpec, map_rows, read_header
 from .tensor_names import ALL_ROLES, Role, expected_tensors, mtp_copies, mtp_layers, optional_tensors
+from .to_device import fill
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -41,9 +42,16 @@ class Window:
             return out.copy_(self.values)
         return dequantise(self.values, self.scale, out, self.block)
 
+    def copy_codes_to(self, out: Tensor) -> Tensor:
+        return out.copy_(self.values)
+
+    def copy_scales_to(self, out: Tensor) -> Tensor:
+        assert self.scale is not None, "a window of floats has no scales"
+        return out.copy_(self.scale)
+
 
 class Checkpoint:
-    """Reads tensors by name as floats, block fp8 dequantised on the way. `names_read` records what was read."""
+    """Reads tensors by name as floats, block fp8 dequantised on the way or as it is. `names_read` records what was."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -107,13 +115,25 @@ class Checkpoint:
         return self.read_into(name, torch.empty(self.spec(name).shape, dtype=dtype))
 
     def read_into(self, name: str, out: Tensor) -> Tensor:
-        """Fills `out`, which may be a slice of a larger tensor, converting to its dtype window by window."""
+        """Fills `out`, which may be a slice of a larger tensor on any device, converting to its dtype by windows."""
         spec = self.spec(name)
         if tuple(out.shape) != spec.shape:
             raise CheckpointError(_wrong_shape(spec, tuple(out.shape)))
         for window in self.windows(name):
-            window.copy_to(out[window.start : window.stop] if spec.shape else out)
+            fill(out[window.start : window.stop] if spec.shape else out, window.copy_to)
         return out
+
+    def read_fp8_into(self, name: str, out: BlockFp8) -> None:
+        """Fills `out`, which may be a slice of larger tensors, with the codes and scales as they are."""
+        spec = self.spec(name)
+        if tuple(out.codes.shape) != spec.shape:
+            raise CheckpointError(_wrong_shape(spec, tuple(out.codes.shape)))
+        for window in self.windows(name):
+            fill(out.codes[window.start : window.stop], window.copy_codes_to)
+            fill(
+                out.scales[window.start // self.block[0] : -(-window.stop // self.block[0])],
+                window.copy_scales_to,
+            )
 
     def windows(self, name: str, row_multiple: int = 1) -> Iterator[Window]:
         """The tensor in order, some MB at a time, cut at multiples of `row_multiple` rows (and of the fp8 block)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .experts import ExpertBackend, LocalExperts
+from .experts import ExpertBackend
 from .kv_cache import LatentCache
 from .micro_batch import MicroBatch, pick_segments, split_segments
 from .mla import LatentAttention, Segment
@@ -18,6 +18,7 @@ from .network_weights import AttentionWeights, LayerWeights
 from .ops import Ops
 from .rope import RopeTable
 from .step_buffers import StepBuffers
+from .to_device import on_device
 
 __all__ = ["Batch", "DecoderLayer", "DeepSeekModel", "ForwardOutput", "Segment"]
 
@@ -26,7 +27,8 @@ OnLayer = Callable[[int], None]
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of all segments, one after the other. `logit_rows`: int64, the rows whose logits are wanted.
+    """Rows of all segments, one after the other. `logit_rows`: int64, the rows whose logits are wanted. Both tensors in
+    host memory.
 
     `wants_hidden`: whether the hidden rows of the others are too; else they may end with the last layer's latents.
     """
@@ -39,8 +41,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
-    """logits: fp32 [R, vocab] of `logit_rows`; hidden, after the final norm (what MTP reads): [N, H], every row, or
-    [R, H] where no others were wanted."""
+    """On the model's device. logits: fp32 [R, vocab] of `logit_rows`; hidden, after the final norm (what MTP reads):
+    [N, H], every row, or [R, H] where no others were wanted."""
 
     logits: Tensor
     hidden: Tensor
@@ -102,7 +104,7 @@ class DeepSeekModel:
     ) -> None:
         self.config = config
         self.cache = cache
-        self.rope = RopeTable(config) if rope is None else rope
+        self.rope = RopeTable(config, device=weights.ops.device) if rope is None else rope
         self._weights = weights
         self._experts = experts
         self._ops = weights.ops
@@ -118,7 +120,7 @@ class DeepSeekModel:
         """
         total = sum(segment.num for segment in batch.segments)
         assert total == len(batch.token_ids), "segments and token_ids count different rows"
-        if isinstance(self._experts, LocalExperts) and self._experts.can_be_noted:
+        if self._experts.can_be_noted:
             part = self._run_local(batch, on_layer)
             return self._output([part], part.rows.x.shape[0], batch)
         parts, first = [], 0
@@ -135,7 +137,7 @@ class DeepSeekModel:
             return self._run_until_picked(part, batch, on_layer)
         is_noted = part.plan.shape is not None
         part.run("layers", lambda: self._run_layers([part], None if is_noted else on_layer))
-        part.has_delta = True
+        part.has_delta = True  # where nothing ran but what was noted
         if on_layer is not None and is_noted:
             for layer in range(len(self.layers)):
                 on_layer(layer)
@@ -154,13 +156,16 @@ class DeepSeekModel:
         if self._picked_buffers is None:
             self._picked_buffers = StepBuffers(self.config, self.cache.dtype, self._ops)
         picked = MicroBatch.of(segments, self.config, self._ops, self.rope, self._picked_buffers)
-        torch.index_select(part.rows.x, 0, rows, out=picked.rows.x)  # the norm above has added delta
+        # the norm above has added delta
+        torch.index_select(part.rows.x, 0, on_device(rows, self._ops.device), out=picked.rows.x)
         if segments:
             last.begin(picked, latents)
             last.finish(picked)
         return picked
 
     def _run_layers(self, parts: list[MicroBatch], on_layer: OnLayer | None) -> None:
+        for part in parts:
+            part.has_delta = False
         for i, layer in enumerate(self.layers):
             for part in parts:
                 if i:
@@ -173,17 +178,18 @@ class DeepSeekModel:
         if index == len(self._buffers):
             self._buffers.append(StepBuffers(self.config, self.cache.dtype, self._ops))
         part = MicroBatch.of(segments, self.config, self._ops, self.rope, self._buffers[index], first_row)
-        own_ids = token_ids[first_row : first_row + part.rows.x.shape[0]]
+        own_ids = on_device(token_ids[first_row : first_row + part.rows.x.shape[0]], self._ops.device)
         torch.index_select(self._weights.embed_tokens, 0, own_ids, out=part.rows.x)
         return part
 
     def _output(self, parts: list[MicroBatch], num_rows: int, batch: Batch) -> ForwardOutput:
         """Fresh tensors: the next step may run while somebody still reads them."""
-        hidden = torch.empty(num_rows, self.config.hidden_size, dtype=self.cache.dtype)
+        device = self._ops.device
+        hidden = torch.empty(num_rows, self.config.hidden_size, dtype=self.cache.dtype, device=device)
         for part in parts:
             own = hidden[part.first_row : part.first_row + part.rows.x.shape[0]]
             part.norm(self._ops, self._weights.norm, self.config.rms_norm_eps, own)
         wanted = hidden
         if num_rows == len(batch.token_ids):
-            wanted = hidden.index_select(0, batch.logit_rows)
+            wanted = hidden.index_select(0, on_device(batch.logit_rows, device))
         return ForwardOutput(self._ops.wide_linear(wanted, self._weights.lm_head), hidden)

@@ -20,10 +20,17 @@ class OutOfBlocks(Exception):
 class LatentCache:
     """`layers[i]`: [num_blocks, BLOCK_SIZE, latent_dim]: normed kv latent, then roped k_pe, one row a token."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, num_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        dtype: torch.dtype,
+        num_layers: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         shape = (num_blocks, BLOCK_SIZE, config.latent_dim)
         count = config.num_hidden_layers if num_layers is None else num_layers
-        self.layers: list[Tensor] = [torch.zeros(shape, dtype=dtype) for _ in range(count)]
+        self.layers: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
         self.num_blocks = num_blocks
         self.dtype = dtype
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .mla import AttentionPlan, Segment, plan_attention
-from .ops import Ops
+from .ops import Operand, Ops
 from .rope import RopeTable
 from .step_buffers import StepBuffers, StepRows
 
@@ -51,7 +51,7 @@ class MicroBatch:
         else:
             self.buffers.tapes.run((name, self.plan.shape), work)
 
-    def norm(self, ops: Ops, weight: Tensor, eps: float, out: Tensor, has_delta: bool = True) -> Tensor:
+    def norm(self, ops: Ops, weight: Tensor, eps: float, out: Operand, has_delta: bool = True) -> Operand:
         """The norm of the residual stream, with what the last half layer gave."""
         if has_delta:
             return ops.add_rms_norm(self.rows.x, self.rows.delta, weight, eps, out=out)

@@ -17,8 +17,9 @@ from torch import Tensor
 from .config import ModelConfig
 from .kv_cache import BLOCK_SIZE, blocks_for
 from .network_weights import LayerWeights
-from .ops import Ops
+from .ops import Operand, Ops
 from .step_buffers import StepBuffers, StepRows
+from .to_device import on_device, send
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's own code leaves the two latent norms at this default, whatever rms_norm_eps says
 
@@ -68,24 +69,27 @@ def plan_attention(
     before = np.array([segment.start for segment in segments], dtype=np.int64) - ends + nums
     positions = np.arange(len(segment_of_row)) + before[segment_of_row]
     slots = tables[segment_of_row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    positions_there = on_device(torch.from_numpy(positions), ops.device)
     runs, first = [], 0
     for absorbed, last in _runs(segments):
         rows = slice(int(ends[first - 1]) if first else 0, int(ends[last - 1]))
         if absorbed:
-            own_tables = torch.from_numpy(tables[segment_of_row[rows]])
-            plan = ops.plan_decode(torch.from_numpy(positions[rows]), own_tables, latent_dim)
+            own_tables = on_device(torch.from_numpy(tables[segment_of_row[rows]]), ops.device)
+            plan = ops.plan_decode(positions_there[rows], own_tables, latent_dim)
         else:
-            plan = ops.plan_prefill(segments[first].start, segments[first].num, torch.from_numpy(tables[first]))
+            table = on_device(torch.from_numpy(tables[first]), ops.device)
+            plan = ops.plan_prefill(segments[first].start, segments[first].num, table)
         runs.append(Run(rows, absorbed, plan))
         first = last
-    return AttentionPlan(torch.from_numpy(positions), torch.from_numpy(slots), tuple(runs))
+    return AttentionPlan(positions_there, on_device(torch.from_numpy(slots), ops.device), tuple(runs))
 
 
 def _plan_absorbed(segments: Sequence[Segment], latent_dim: int, ops: Ops, buffers: StepBuffers) -> AttentionPlan:
     """Few rows, in every decode step: written one by one into memory that stays, which is quicker than whole arrays."""
     num_rows = sum(segment.num for segment in segments)
     fixed = buffers.decode_inputs(num_rows, max(blocks_for(segment.start + segment.num) for segment in segments))
-    positions, slots, tables = fixed.positions.numpy(), fixed.slots.numpy(), fixed.block_tables.numpy()
+    host, there = fixed.written, fixed.read
+    positions, slots, tables = host.positions.numpy(), host.slots.numpy(), host.block_tables.numpy()
     row = 0
     for segment in segments:
         table, end = segment.block_table, segment.start + segment.num
@@ -96,9 +100,13 @@ def _plan_absorbed(segments: Sequence[Segment], latent_dim: int, ops: Ops, buffe
             positions[row] = position
             slots[row] = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             row += 1
-    plan = ops.plan_decode(fixed.positions, fixed.block_tables, latent_dim)
+    if there is not host:
+        send(host.numbers, there.numbers)
+    plan = ops.plan_decode(there.positions, there.block_tables, latent_dim, fixed.plan)
+    if there is not host:
+        fixed.plan = plan
     run = Run(slice(0, num_rows), True, plan)
-    return AttentionPlan(fixed.positions, fixed.slots, (run,), (num_rows, fixed.block_tables.shape[1]))
+    return AttentionPlan(there.positions, there.slots, (run,), (num_rows, there.block_tables.shape[1]))
 
 
 def _runs(segments: Sequence[Segment]) -> Iterator[tuple[bool, int]]:
@@ -126,7 +134,7 @@ class LatentAttention:
         self._weights = weights
         self._ops = ops
 
-    def write_latents(self, x: Tensor, slots: Tensor, cache_layer: Tensor, rows: StepRows) -> None:
+    def write_latents(self, x: Operand, slots: Tensor, cache_layer: Tensor, rows: StepRows) -> None:
         """x: [N, H] normed hidden rows; puts their latents into the cache, and their low-rank queries into `rows`."""
         config, weights = self._config, self._weights
         self._ops.linear(x, weights.qkv_a_proj, weights.qkv_a_bias, out=rows.qkv_a)

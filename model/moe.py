@@ -9,7 +9,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .experts import ExpertBackend
 from .network_weights import LayerWeights
-from .ops import Ops
+from .ops import Operand, Ops
 from .step_buffers import StepRows
 
 
@@ -27,7 +27,7 @@ class FeedForward:
     def is_dense(self) -> bool:
         return self._weights.mlp is not None
 
-    def mlp_or_route(self, x: Tensor, rows: StepRows) -> None:
+    def mlp_or_route(self, x: Operand, rows: StepRows) -> None:
         """x: [N, H] normed. The dense MLP's rows into `rows.delta`, or the chosen experts into `rows`."""
         mlp = self._weights.mlp
         if mlp is None:
@@ -35,11 +35,11 @@ class FeedForward:
         else:
             self._ops.swiglu_mlp(x, mlp.w13, mlp.w2, out=rows.delta)
 
-    def dispatch(self, x: Tensor, rows: StepRows, first_row: int = 0) -> Any:
+    def dispatch(self, x: Operand, rows: StepRows, first_row: int = 0) -> Any:
         """Follows `mlp_or_route` of a MoE layer. x is left alone until the handle has been collected."""
         return self._experts.dispatch(self._layer, x, rows.topk_idx, first_row)
 
-    def run_shared(self, x: Tensor, rows: StepRows) -> None:
+    def run_shared(self, x: Operand, rows: StepRows) -> None:
         shared = self._weights.shared
         if shared is not None:
             self._ops.swiglu_mlp(x, shared.w13, shared.w2, out=rows.shared)
@@ -49,7 +49,7 @@ class FeedForward:
         shared = rows.shared if self._weights.shared is not None else None
         return self._ops.combine(shared, self._experts.collect(handle), rows.topk_weights, out=rows.delta)
 
-    def route(self, x: Tensor, rows: StepRows) -> tuple[Tensor, Tensor]:
+    def route(self, x: Operand, rows: StepRows) -> tuple[Tensor, Tensor]:
         """topk_idx int64 [N, k], topk_weights fp32 [N, k]; logits in fp32 whatever the model's dtype."""
         weights = self._weights
         assert weights.gate_weight is not None, f"layer {self._layer} has no gate"

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .deepseek import DecoderLayer, OnLayer
-from .experts import ExpertBackend, LocalExperts
+from .experts import ExpertBackend
 from .kv_cache import LatentCache
 from .micro_batch import MicroBatch
 from .mla import Segment
 from .network_weights import MtpWeights
 from .rope import RopeTable
 from .step_buffers import StepBuffers
+from .to_device import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class MtpModule:
         self._ops = weights.ops
         self._buffers = StepBuffers(config, cache.dtype, weights.ops)
         self._layer = DecoderLayer(config, weights.layer, config.num_hidden_layers, experts, weights.ops)
-        self._can_be_noted = isinstance(experts, LocalExperts) and experts.can_be_noted
+        self._experts = experts
 
     @torch.inference_mode()
     def draft(
@@ -70,24 +71,26 @@ class MtpModule:
         part = MicroBatch.of(segments, self.config, self._ops, self._rope, self._buffers)
         rows = part.rows
         assert len(rows.x) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
+        next_ids = on_device(next_ids, self._ops.device)
         torch.index_select(self._weights.embed_tokens, 0, next_ids, out=rows.shared)
         rows.delta.copy_(hidden)
-        if self._can_be_noted and part.plan.shape is not None:
+        if self._experts.can_be_noted and part.plan.shape is not None:
             part.run("module", lambda: self._run(part, pair, None))
             if on_layer is not None:
                 on_layer(self.config.num_hidden_layers)
         else:
             self._run(part, pair, on_layer)
-        wanted = rows.normed.index_select(0, logit_rows)
+        wanted = rows.shared.index_select(0, on_device(logit_rows, self._ops.device))
         return Drafted(self._ops.wide_linear(wanted, self._weights.shared_head), wanted)
 
     def _run(self, part: MicroBatch, pair: Tensor, on_layer: OnLayer | None) -> None:
-        """From the embedded tokens in `rows.shared` and the hidden rows in `rows.delta` to what the head reads."""
+        """From the embedded tokens in `rows.shared` and the hidden rows in `rows.delta` to what the head reads, in
+        `rows.shared`."""
         part.has_delta = False
         part.run("join", lambda: self._join(part, pair))
         self._layer.begin(part, self.cache.layers[self.config.num_hidden_layers], on_layer)
         self._layer.finish(part)
-        part.norm(self._ops, self._weights.shared_head_norm, self.config.rms_norm_eps, part.rows.normed)
+        part.norm(self._ops, self._weights.shared_head_norm, self.config.rms_norm_eps, part.rows.shared)
 
     def _join(self, part: MicroBatch, pair: Tensor) -> None:
         ops, weights, rows, eps = self._ops, self._weights, part.rows, self.config.rms_norm_eps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from ..kernels import native, native_attention, native_rows, native_tape
 from ..kernels.native import PackedMatrix, PackedStack
 from .config import ModelConfig
 
+CPU = torch.device("cpu")
 FAMILY = "native-avx512-1"  # the number changes when the kernels' bits do
 
 
@@ -36,6 +37,10 @@ class NativeOps:
     def family(self) -> str:
         return FAMILY
 
+    @property
+    def device(self) -> torch.device:
+        return CPU
+
     def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
         """Torch computes nothing that is worth a second thread, and its idle ones would spin against ours."""
         torch.set_num_threads(1)
@@ -43,6 +48,15 @@ class NativeOps:
 
     def noted(self, work: Callable[[], object]) -> Callable[[], object]:
         return native_tape.noted(work)
+
+    def operand(self, rows: Tensor, take: object) -> Tensor:
+        return rows
+
+    def tensor(self, x: Tensor) -> Tensor:
+        return x
+
+    def keeps_fp8(self, rows: Sequence[int], columns: int) -> bool:
+        return False
 
     def pack(self, weight: Tensor, is_gate_up: bool = False) -> PackedMatrix:
         return native.pack(weight, is_gate_up)
@@ -102,7 +116,9 @@ class NativeOps:
     ) -> None:
         native_rows.write_latents(latent, norm_weight, eps, cos, sin, slots, cache_layer, interleaved)
 
-    def plan_decode(self, positions: Tensor, block_tables: Tensor, latent_dim: int) -> DecodePlan:
+    def plan_decode(
+        self, positions: Tensor, block_tables: Tensor, latent_dim: int, before: DecodePlan | None = None
+    ) -> DecodePlan:
         return DecodePlan(positions, block_tables)
 
     def mla_decode(

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.quant import BlockFp8
 from .config import ModelConfig
-from .ops import Matrix, Ops, Stack
+from .ops import Matrix, Ops, Stack, Weight
 from .torch_ops import TorchOps
 
-# Gives the named tensors, one below the other: what reads from disk can then fill a joined tensor in place.
-Read = Callable[..., Tensor]
+# Gives the named tensors, one below the other, as floats or, where the family keeps it, as the checkpoint's fp8.
+# So what reads from disk can fill a joined tensor in place.
+Read = Callable[..., Any]
 PLAIN = TorchOps()
 
 
@@ -138,7 +141,9 @@ def build_layer(config: ModelConfig, layer: int, read: Read, ops: Ops) -> LayerW
     )
 
 
-def _kv_b(config: ModelConfig, weight: Tensor, ops: Ops) -> tuple[Matrix, Stack, Stack]:
+def _kv_b(config: ModelConfig, weight: Weight, ops: Ops) -> tuple[Matrix, Stack, Stack]:
+    if isinstance(weight, BlockFp8):  # a head's part of it does not begin where a block of scales does
+        weight = weight.to_float(torch.bfloat16)
     heads = weight.view(config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, -1)
     w_uk = heads[:, : config.qk_nope_head_dim].transpose(1, 2)
     return ops.pack(weight), ops.pack_heads(w_uk), ops.pack_heads(heads[:, config.qk_nope_head_dim :])
@@ -155,8 +160,10 @@ def _qkv_a_bias(config: ModelConfig, attention: str, read: Read) -> Tensor | Non
 
 
 def build_mlp(prefix: str, read: Read, ops: Ops) -> MlpWeights:
-    w13 = read(prefix + "gate_proj.weight", prefix + "up_proj.weight")
-    return MlpWeights(w13=ops.pack(w13, is_gate_up=True), w2=ops.pack(read(prefix + "down_proj.weight")))
+    w13, w2 = read(prefix + "gate_proj.weight", prefix + "up_proj.weight"), read(prefix + "down_proj.weight")
+    if isinstance(w2, BlockFp8) and not isinstance(w13, BlockFp8):  # its halves were not whole blocks of scales
+        w2 = w2.to_float(torch.bfloat16)
+    return MlpWeights(w13=ops.pack(w13, is_gate_up=True), w2=ops.pack(w2))
 
 
 def build_mtp(
@@ -197,7 +204,8 @@ def from_state_dict(
 
     def read(*names: str) -> Tensor:
         joined = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
-        return joined.to(torch.float32 if names[0].endswith("e_score_correction_bias") else dtype)
+        wide = names[0].endswith("e_score_correction_bias")
+        return joined.to(ops.device, torch.float32 if wide else dtype)
 
     attention = build_attention_weights(config, read, state.__contains__, ops)
     layers = range(config.num_hidden_layers + len(attention.mtp))

@@ -1,4 +1,4 @@
-"""The network's operations, and the two families that compute them: torch's reference and native CPU kernels.
+"""The network's operations, and the families that compute them: torch's reference, native CPU kernels, and Triton.
 
 A row has the same bits within one family whatever is beside it; two families round differently, so that a cluster runs
 one of them only (`family`). Weights are packed for a family and name it (`AttentionWeights.ops`, `ExpertWeights.ops`).
@@ -6,20 +6,28 @@ one of them only (`family`). Weights are packed for a family and name it (`Atten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..kernels import native
-from .config import ModelConfig
+from ..kernels.quant import BlockFp8
+from .config import ModelConfig, Quantization
 from .native_ops import NativeOps
 from .torch_ops import TorchOps
+
+CPU = torch.device("cpu")
 
 # What a family packed, only for itself to read: a matrix [N, K], or those of all heads or experts.
 Matrix = Any
 Stack = Any
+# A weight before it is packed: floats, or what the checkpoint holds where the family keeps that (`keeps_fp8`).
+Weight = Tensor | BlockFp8
+# Rows that a norm gives and products read: the tensor itself, or what the family keeps beside it (`Ops.tensor`).
+Operand = Any
+Take = Callable[[str, int, torch.dtype], Tensor]  # memory that stays, of a step's rows: name, width, dtype
 
 
 class Ops(Protocol):
@@ -28,6 +36,11 @@ class Ops(Protocol):
     @property
     def family(self) -> str:
         """Names the bits: two processes whose families are equal round alike."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where every tensor lies that the operations read and write."""
         ...
 
     def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
@@ -41,8 +54,21 @@ class Ops(Protocol):
         """Runs the work; returns what makes its calls again over the same memory, or None where that is no faster."""
         ...
 
-    def pack(self, weight: Tensor, is_gate_up: bool = False) -> Matrix:
-        """weight: [N, K]. `is_gate_up`: an MLP's w13, which only the MLP operations read."""
+    def operand(self, rows: Tensor, take: Take) -> Operand:
+        """`rows`, and memory for what else this family wants its norms to leave for its products."""
+        ...
+
+    def tensor(self, x: Operand) -> Tensor:
+        """[M, K], the rows themselves."""
+        ...
+
+    def keeps_fp8(self, rows: Sequence[int], columns: int) -> bool:
+        """Whether `pack` takes such matrices, one below the other, as an fp8 checkpoint holds them (BlockFp8)."""
+        ...
+
+    def pack(self, weight: Any, is_gate_up: bool = False) -> Matrix:
+        """weight: [N, K], a Tensor, or BlockFp8 where the family keeps that. `is_gate_up`: an MLP's w13, which only the
+        MLP operations read."""
         ...
 
     def pack_gate(self, weight: Tensor) -> Matrix:
@@ -53,15 +79,15 @@ class Ops(Protocol):
         """weights: [heads, N, K]."""
         ...
 
-    def pack_experts(self, weights: Tensor, is_gate_up: bool = False) -> Stack:
+    def pack_experts(self, weights: Any, is_gate_up: bool = False) -> Stack:
         """weights: [E, N, K]; `is_gate_up` as for `pack`."""
         ...
 
-    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def linear(self, x: Operand, weight: Matrix, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x: [M, K], bias: [N] -> [M, N]."""
         ...
 
-    def wide_linear(self, x: Tensor, weight: Matrix, out: Tensor | None = None) -> Tensor:
+    def wide_linear(self, x: Operand, weight: Matrix, out: Tensor | None = None) -> Tensor:
         """x: [M, K] -> fp32 [M, N]: logits of the gate and of the head."""
         ...
 
@@ -69,13 +95,13 @@ class Ops(Protocol):
         """x: [M, heads, K] -> [M, heads, N], a matrix for each head."""
         ...
 
-    def swiglu_mlp(self, x: Tensor, w13: Matrix, w2: Matrix, out: Tensor | None = None) -> Tensor:
+    def swiglu_mlp(self, x: Operand, w13: Matrix, w2: Matrix, out: Tensor | None = None) -> Tensor:
         """x: [M, H] -> [M, H]; w13: [2I, H], gate rows first, w2: [H, I]."""
         ...
 
     def grouped_mlp(
         self,
-        x: Tensor,
+        x: Operand,
         row_of_pair: Tensor,
         expert_of_pair: Tensor,
         w13: Stack,
@@ -85,11 +111,11 @@ class Ops(Protocol):
         """x: [n, H], row_of_pair, expert_of_pair: int64 [P] -> [P, H], one MLP row a pair; expert = place in stack."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Operand | None = None) -> Operand:
         """x: [M, H] -> [M, H]."""
         ...
 
-    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Operand | None = None) -> Operand:
         """x, delta: [M, H]. Adds delta to x in place and returns the norm of the sum."""
         ...
 
@@ -111,8 +137,11 @@ class Ops(Protocol):
         """latent: [M, kv_lora + d_rope]; norms the one part, turns the other, puts both at slots int64 [M]."""
         ...
 
-    def plan_decode(self, positions: Tensor, block_tables: Tensor, latent_dim: int) -> Any:
-        """positions: int64 [R], block_tables: int64 [R, width], filled up with any block -> what mla_decode takes."""
+    def plan_decode(self, positions: Tensor, block_tables: Tensor, latent_dim: int, before: Any = None) -> Any:
+        """positions: int64 [R], block_tables: int64 [R, width], filled up with any block -> what mla_decode takes.
+
+        `before`: what it returned for the same memory when that held something else.
+        """
         ...
 
     def mla_decode(
@@ -159,6 +188,15 @@ class Ops(Protocol):
         ...
 
 
-def ops_for(dtype: torch.dtype) -> Ops:
-    """What a worker of this machine computes with."""
-    return NativeOps() if native.available(dtype) else TorchOps(is_packing=True)
+def ops_for(dtype: torch.dtype, device: torch.device = CPU, quantization: Quantization | None = None) -> Ops:
+    """What a worker computes with on this device; `quantization`: the checkpoint's (config.quantization).
+
+    Raises ValueError where a GPU is to compute in another dtype than bfloat16.
+    """
+    if device.type == "cpu":
+        return NativeOps() if native.available(dtype) else TorchOps(is_packing=True)
+    if dtype != torch.bfloat16:
+        raise ValueError(f"a GPU computes in bfloat16, not {dtype}: set dtype to auto or bfloat16")
+    from .triton_ops import TritonOps  # triton is installed where torch was built for CUDA only
+
+    return TritonOps(device, quantization)

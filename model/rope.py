@@ -1,4 +1,4 @@
-"""Rotary position table with YaRN, computed once so that a position's cos and sin never depend on what is beside it."""
+"""Rotary position table with YaRN, computed once, on the CPU: a position's cos and sin never depend on others."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from .config import ModelConfig, RopeScaling
 class RopeTable:
     """`table(positions)` -> (cos, sin), each [M, qk_rope_head_dim] fp32 with the two halves equal."""
 
-    def __init__(self, config: ModelConfig, max_positions: int | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, max_positions: int | None = None, device: torch.device | None = None
+    ) -> None:
         length = config.max_position_embeddings if max_positions is None else max_positions
         # The angle is rounded to fp32, as in training; cos and sin of that angle are exact to the last fp32 bit.
         angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse_frequencies(config)
         scale = 1.0 if config.rope_scaling is None else config.rope_scaling.table_scale
-        self._cos = (angles.double().cos() * scale).float().repeat(1, 2)
-        self._sin = (angles.double().sin() * scale).float().repeat(1, 2)
+        self._cos = (angles.double().cos() * scale).float().repeat(1, 2).to(device)
+        self._sin = (angles.double().sin() * scale).float().repeat(1, 2).to(device)
 
     @property
     def num_positions(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .ops import Ops
+from .ops import Operand, Ops
 from .tapes import Tapes
 
 MAX_VIEWS = 128  # sets of views that are kept, one for each number of rows; so the tapes are bounded too
@@ -19,7 +20,7 @@ class StepRows:
     """Views for N rows. What one half layer leaves here is gone when the next one runs."""
 
     x: Tensor  # [N, H], the residual stream
-    normed: Tensor  # [N, H]
+    normed: Operand  # [N, H]
     delta: Tensor  # [N, H], what a half layer adds to x
     shared: Tensor  # [N, H], the shared expert's rows
     cos: Tensor  # fp32 [N, d_rope]
@@ -27,7 +28,7 @@ class StepRows:
     qkv_a: Tensor  # [N, q_lora + latent_dim]
     q_a: Tensor  # [N, q_lora]: its front, or the queries themselves where there is no q_lora
     latent: Tensor  # [N, latent_dim]: its rest
-    q_a_normed: Tensor  # [N, q_lora]
+    q_a_normed: Operand  # [N, q_lora]
     q_flat: Tensor  # [N, heads * d_qk]
     q: Tensor  # [N, heads, d_qk]: the same
     q_nope: Tensor
@@ -50,12 +51,25 @@ class AbsorbedRows:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeNumbers:
+    numbers: Tensor  # int64, all of the following, one behind the other
+    positions: Tensor  # [N]
+    slots: Tensor  # [N]
+    block_tables: Tensor  # [N, width]
+
+    @classmethod
+    def of(cls, num: int, width: int, device: torch.device | None = None) -> DecodeNumbers:
+        numbers = torch.zeros(num * (2 + width), dtype=torch.int64, device=device)
+        return cls(numbers, numbers[:num], numbers[num : 2 * num], numbers[2 * num :].view(num, width))
+
+
+@dataclass(slots=True)
 class DecodeInputs:
     """Where a batch of absorbed rows only says what it wants: the same memory in every step of that many rows."""
 
-    positions: Tensor  # int64 [N]
-    slots: Tensor  # int64 [N]
-    block_tables: Tensor  # int64 [N, width]
+    written: DecodeNumbers  # by the host
+    read: DecodeNumbers  # by the kernels: the same on a CPU
+    plan: Any = None  # the family's, where noted kernel calls read it
 
 
 class StepBuffers:
@@ -65,6 +79,7 @@ class StepBuffers:
         self.tapes = Tapes(ops)
         self._config = config
         self._dtype = dtype
+        self._ops = ops
         self._memory: dict[str, Tensor] = {}
         self._rows: dict[int, StepRows] = {}
         self._absorbed: dict[int, AbsorbedRows] = {}
@@ -93,8 +108,10 @@ class StepBuffers:
             if len(self._inputs) == MAX_VIEWS:
                 self._inputs.clear()
                 self.tapes.forget()
-            rows = torch.empty(2, num, dtype=torch.int64)
-            self._inputs[key] = DecodeInputs(rows[0], rows[1], torch.zeros(key, dtype=torch.int64))
+            read = written = DecodeNumbers.of(*key)
+            if self._ops.device.type != "cpu":
+                read = DecodeNumbers.of(*key, self._ops.device)
+            self._inputs[key] = DecodeInputs(written, read)
         return self._inputs[key]
 
     def pair(self, num: int) -> Tensor:
@@ -112,7 +129,7 @@ class StepBuffers:
         values = self._take("values", num, heads * config.v_head_dim)
         return StepRows(
             x=self._take("x", num, hidden),
-            normed=self._take("normed", num, hidden),
+            normed=self._take_operand("normed", num, hidden),
             delta=self._take("delta", num, hidden),
             shared=self._take("shared", num, hidden),
             cos=self._take("cos", num, config.qk_rope_head_dim, torch.float32),
@@ -120,7 +137,7 @@ class StepBuffers:
             qkv_a=qkv_a,
             q_a=q_a,
             latent=qkv_a[:, q_a_width:],
-            q_a_normed=self._take("q_a_normed", num, config.q_lora_rank or 0),
+            q_a_normed=self._take_operand("q_a_normed", num, config.q_lora_rank or 0),
             q_flat=q_flat,
             q=q,
             q_nope=q[..., : config.qk_nope_head_dim],
@@ -138,10 +155,14 @@ class StepBuffers:
         attended = self._take("attended", num, heads * config.kv_lora_rank).view(num, heads, config.kv_lora_rank)
         return AbsorbedRows(q, q[..., : config.kv_lora_rank], q[..., config.kv_lora_rank :], attended)
 
+    def _take_operand(self, name: str, num: int, width: int) -> Operand:
+        rows = self._take(name, num, width)
+        return self._ops.operand(rows, lambda more, *of: self._take(f"{name} {more}", num, *of))
+
     def _take(self, name: str, num: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         memory = self._memory.get(name)
         if memory is None or memory.shape[0] < num:
-            memory = self._memory[name] = torch.empty(num, width, dtype=dtype or self._dtype)
+            memory = self._memory[name] = torch.empty(num, width, dtype=dtype or self._dtype, device=self._ops.device)
             (self._absorbed if name in ("absorbed", "attended") else self._rows).clear()
             self.tapes.forget()
         return memory[:num]

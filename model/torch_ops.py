@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from ..kernels.attention import DecodePlan, PrefillPlan
 from ..router.gate import route
 from .config import ModelConfig
 from .kv_cache import BLOCK_SIZE
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,25 @@ class TorchOps:
         """Torch rounds by its version and by what the CPU can do."""
         return f"reference-torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 
+    @property
+    def device(self) -> torch.device:
+        return CPU
+
     def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
         """Of the calling thread: OpenMP counts per thread. Its idle threads spin: no more than the share of cores."""
         torch.set_num_threads(num_threads)
 
     def noted(self, work: Callable[[], object]) -> None:
         work()
+
+    def operand(self, rows: Tensor, take: object) -> Tensor:
+        return rows
+
+    def tensor(self, x: Tensor) -> Tensor:
+        return x
+
+    def keeps_fp8(self, rows: Sequence[int], columns: int) -> bool:
+        return False
 
     def pack(self, weight: Tensor, is_gate_up: bool = False) -> Tensor:
         return reference.packed(weight) if self.is_packing else weight
@@ -94,7 +109,9 @@ class TorchOps:
         k_rope = reference.apply_rope(latent[:, kv_lora_rank:], cos, sin, interleaved)
         cache_layer.flatten(0, 1).index_copy_(0, slots, torch.cat((kv, k_rope), dim=-1))
 
-    def plan_decode(self, positions: Tensor, block_tables: Tensor, latent_dim: int) -> DecodePlan:
+    def plan_decode(
+        self, positions: Tensor, block_tables: Tensor, latent_dim: int, before: DecodePlan | None = None
+    ) -> DecodePlan:
         return attention.plan_decode(positions.tolist(), block_tables.tolist(), BLOCK_SIZE, latent_dim)
 
     def mla_decode(

@@ -1,20 +1,22 @@
-"""Loads from a checkpoint what one role needs, straight into the tensors that stay."""
+"""Loads from a checkpoint what one role needs, straight into the tensors that stay, on the family's device."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
 import torch
-from torch import Tensor
 
+from ..kernels.quant import BlockFp8
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .network_weights import PLAIN, AttentionWeights, ExpertWeights, build_attention_weights
-from .ops import Ops
-from .tensor_names import Role, expected_tensors, mtp_copies
+from .ops import Ops, Weight
+from .safetensors_file import TensorSpec
+from .tensor_names import Role, expected_tensors, expert_tensors, mtp_copies
 
 Progress = Callable[[int, int], None]  # bytes of weights in place, bytes to load
-Part = tuple[str, Tensor]  # a tensor's name and the slice of a stack that it fills
+Part = tuple[str, Weight]  # a tensor's name and the slice of a stack that it fills
 
 
 def load_attention(
@@ -35,12 +37,23 @@ def load_attention(
     wanted = _attention_names(checkpoint, config, roles)
     meter = _Meter(sum(_num_elements(checkpoint, name) for name in wanted), dtype, progress)
 
-    def read(*names: str) -> Tensor:
+    def read_fp8(specs: list[TensorSpec]) -> BlockFp8:
+        out = BlockFp8.empty(sum(spec.shape[0] for spec in specs), specs[0].shape[1], device=ops.device)
+        start = 0
+        for spec in specs:
+            checkpoint.read_fp8_into(spec.name, out.rows(start, start + spec.shape[0]))
+            start += spec.shape[0]
+            meter.add(math.prod(spec.shape))
+        return out
+
+    def read(*names: str) -> Weight:
         specs = [checkpoint.spec(name) for name in names]
+        if _stays_fp8(specs, ops):
+            return read_fp8(specs)
         # The one tensor that stays fp32: it decides which expert wins, by differences smaller than a bfloat16 step.
         wide = names[0].endswith("e_score_correction_bias")
         shape = (sum(spec.shape[0] for spec in specs), *specs[0].row_shape)
-        out = torch.empty(shape, dtype=torch.float32 if wide else dtype)
+        out = torch.empty(shape, dtype=torch.float32 if wide else dtype, device=ops.device)
         start = 0
         for spec in specs:
             part = checkpoint.read_into(spec.name, out[start : start + spec.shape[0]])
@@ -66,17 +79,30 @@ def load_experts(
     roles: tuple[Role, ...] = ("experts", "mtp") if has_mtp else ("experts",)
     checkpoint.check(config, roles)
     ids = tuple(expert_ids)
-    stacks = {layer: _empty_stacks(config, len(ids), dtype) for layer in sorted(layers) if config.is_moe_layer(layer)}
+    stacks = {
+        layer: _empty_stacks(checkpoint, config, layer, ids, dtype, ops)
+        for layer in sorted(layers)
+        if config.is_moe_layer(layer)
+    }
     parts = [part for layer, stack in stacks.items() for part in _parts(config, layer, ids, *stack)]
     parts.sort(key=lambda part: (checkpoint.spec(part[0]).path, checkpoint.spec(part[0]).begin))
-    meter = _Meter(sum(out.numel() for _, out in parts), dtype, progress)
+    meter = _Meter(sum(_num_elements(checkpoint, name) for name, _ in parts), dtype, progress)
     for name, out in parts:
-        meter.add(checkpoint.read_into(name, out).numel())
+        if isinstance(out, BlockFp8):
+            checkpoint.read_fp8_into(name, out)
+        else:
+            checkpoint.read_into(name, out)
+        meter.add(_num_elements(checkpoint, name))
     parts.clear()  # views; without them each stack goes as soon as it is packed
     return {layer: _packed(*stacks.pop(layer), ids, ops) for layer in list(stacks)}
 
 
-def _packed(w13: Tensor, w2: Tensor, ids: tuple[int, ...], ops: Ops) -> ExpertWeights:
+def _stays_fp8(specs: list[TensorSpec], ops: Ops) -> bool:
+    is_fp8 = all(spec.dtype == "F8_E4M3" for spec in specs)
+    return is_fp8 and ops.keeps_fp8([spec.shape[0] for spec in specs], specs[0].shape[1])
+
+
+def _packed(w13: Weight, w2: Weight, ids: tuple[int, ...], ops: Ops) -> ExpertWeights:
     return ExpertWeights(ops.pack_experts(w13, is_gate_up=True), ops.pack_experts(w2), ids, ops)
 
 
@@ -111,18 +137,36 @@ def _check_expert_ids(config: ModelConfig, expert_ids: Collection[int]) -> None:
         raise ValueError(f"expert ids {list(expert_ids)} must be different and lie in 0..{num_experts - 1}")
 
 
-def _empty_stacks(config: ModelConfig, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _empty_stacks(
+    checkpoint: Checkpoint, config: ModelConfig, layer: int, ids: tuple[int, ...], dtype: torch.dtype, ops: Ops
+) -> tuple[Weight, Weight]:
     hidden, intermediate = config.hidden_size, config.moe_intermediate_size
-    w13 = torch.empty(count, 2 * intermediate, hidden, dtype=dtype)
-    return w13, torch.empty(count, hidden, intermediate, dtype=dtype)
+    specs = [checkpoint.spec(name) for name in expert_tensors(config, layer, ids)]
+    is_fp8 = all(spec.dtype == "F8_E4M3" for spec in specs)
+
+    stays_fp8 = is_fp8 and ops.keeps_fp8((intermediate, intermediate), hidden)
+
+    def empty(rows: int, columns: int) -> Weight:
+        if stays_fp8:
+            return BlockFp8.empty(len(ids), rows, columns, device=ops.device)
+        return torch.empty(len(ids), rows, columns, dtype=dtype, device=ops.device)
+
+    return empty(2 * intermediate, hidden), empty(hidden, intermediate)
 
 
-def _parts(config: ModelConfig, layer: int, ids: tuple[int, ...], w13: Tensor, w2: Tensor) -> list[Part]:
+def _parts(config: ModelConfig, layer: int, ids: tuple[int, ...], w13: Weight, w2: Weight) -> list[Part]:
     parts: list[Part] = []
-    intermediate = config.moe_intermediate_size
-    for row, expert in enumerate(ids):
+    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
+    for place, expert in enumerate(ids):
         prefix = f"model.layers.{layer}.mlp.experts.{expert}."
-        parts.append((prefix + "gate_proj.weight", w13[row, :intermediate]))
-        parts.append((prefix + "up_proj.weight", w13[row, intermediate:]))
-        parts.append((prefix + "down_proj.weight", w2[row]))
+        parts.append((prefix + "gate_proj.weight", _matrix(w13, place, 0, intermediate)))
+        parts.append((prefix + "up_proj.weight", _matrix(w13, place, intermediate, 2 * intermediate)))
+        parts.append((prefix + "down_proj.weight", _matrix(w2, place, 0, hidden)))
     return parts
+
+
+def _matrix(stack: Weight, place: int, start: int, stop: int) -> Weight:
+    """These rows of one matrix of a stack."""
+    if isinstance(stack, BlockFp8):
+        return BlockFp8(stack.codes[place], stack.scales[place]).rows(start, stop)
+    return stack[place, start:stop]

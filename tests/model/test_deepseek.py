@@ -107,6 +107,8 @@ def test_neighbours_change_no_bits(small: SmallModel) -> None:
 class ScatteredExperts:
     """Experts on three owners in odd orders; each owner computes its pairs alone and the last pairs first."""
 
+    can_be_noted = False
+
     def __init__(self, small: SmallModel) -> None:
         self.owners = [self.stacks_of(small, owner) for owner in range(3)]
 

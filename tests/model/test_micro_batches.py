@@ -22,6 +22,7 @@ class LateExperts:
     """Computes rows only when they are collected, over memory that is lent out again afterwards."""
 
     inner: LocalExperts
+    can_be_noted: bool = False
     log: list[tuple[str, int, int]] = field(default_factory=list)
     first_rows: list[int] = field(default_factory=list)
 

@@ -19,6 +19,8 @@ from braid.model.torch_ops import TorchOps
 class Watched:
     """Local experts that note when they are called."""
 
+    can_be_noted = False
+
     def __init__(self, inner: LocalExperts, log: list[str]) -> None:
         self.inner, self.log = inner, log
 

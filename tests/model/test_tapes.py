@@ -25,6 +25,7 @@ class Elsewhere:
     """Experts that are not the network's own: their calls are none of its tapes'."""
 
     inner: LocalExperts
+    can_be_noted: bool = False
 
     def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> Any:
         return self.inner.dispatch(layer, x.clone(), topk_idx.clone())
