@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -42,6 +42,17 @@ class Job:
     arrived: float
 
 
+class Queued(Protocol):
+    """What waits to be computed, whatever way it came."""
+
+    layer: int
+    phase: int
+    arrived: float
+
+
+Q = TypeVar("Q", bound=Queued)
+
+
 class Mail(Protocol):
     """Where dispatches come from; waits for the next one awake at first: its senders are in the middle of a step."""
 
@@ -56,6 +67,10 @@ class ExpertServer:
         self._row_bytes = hidden * dtype.itemsize
         self._buffers = RowBuffers()
         self._jobs: list[Job] = []
+
+    @property
+    def has_jobs(self) -> bool:
+        return bool(self._jobs)
 
     def serve(self, mail: Mail, is_stopping: Callable[[], bool]) -> None:
         while not is_stopping():
@@ -117,7 +132,7 @@ class ExpertServer:
             job.link.send(Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0, 0, 0), experts.data.cast("B"))
 
 
-def next_batch(jobs: list[Job], now: float) -> tuple[list[Job], list[Job]]:
+def next_batch(jobs: list[Q], now: float) -> tuple[list[Q], list[Q]]:
     """What is computed next, and the rest: decode before prefill (DESIGN section 5), then what has waited longest.
 
     A prefill job that has lost its patience counts as decode: busy decode workers must not starve it.
