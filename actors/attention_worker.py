@@ -24,23 +24,26 @@ from ..model.mtp import MtpModule
 from ..model.ops import Ops, ops_for
 from ..model.self_test import self_test
 from ..model.weights import load_attention, load_experts
+from .devices import device_for
 from .dispatch import RemoteExperts
 from .drafter import Drafter
 from .endpoint import Endpoint
 from .engine import Engine
 from .links import LinkError
-from .loading import Loading, available_memory, memory_checked, resolve_dtype
+from .loading import Loading, memory_checked, resolve_dtype
 from .messages import Kind, pack
 from .reactor import Event, Opened
 from .requests import Requests
 from .scheduler import Scheduler
 from .settings import WorkerSettings
+from .staging import StagedExperts
 from .tracing import Tracer, setup_tracer
 from .view import ClusterView, Role, WorkerInfo
 
 log = logging.getLogger(__name__)
 
 KV_SHARE = 0.2  # of the memory that is free after loading, when the spec names no kv_tokens
+GPU_KV_SHARE = 0.8  # of a GPU's, which has little else to hold than a step's rows
 MAX_WAITING = 1024
 MAX_FAILED_STEPS = 3
 LOAD_INTERVAL_S = 1.0
@@ -78,8 +81,9 @@ class AttentionWorker:
         Raises CheckpointError, ValueError (memory, settings) and SelfTestError.
         """
         self.config = config = ModelConfig.from_path(self.settings.model_path)
-        dtype = resolve_dtype(self.settings.dtype, config)
-        self._ops = ops = ops_for(dtype)
+        self._device = device = device_for(self.settings.gpus)
+        dtype = resolve_dtype(self.settings.dtype, config, device.is_gpu)
+        self._ops = ops = ops_for(dtype, device.torch, config.quantization)
         ops.set_threads(self.settings.num_threads, self.settings.max_threads)
         with torch.inference_mode():
             self._load(config, dtype, ops)
@@ -87,14 +91,16 @@ class AttentionWorker:
             self_test(config, dtype, ops)
         self.endpoint = Endpoint(self.settings)
         self._tracer = setup_tracer(f"braid-{self.settings.role}", f"{self.settings.cluster}/{self.settings.name}")
-        self.experts: RemoteExperts | ColocatedExperts
+        self.experts: RemoteExperts | StagedExperts | ColocatedExperts
+        self._remote: RemoteExperts | None = None
         if self._local is not None:
             self.experts = ColocatedExperts(self._local)
         else:
-            self.experts = RemoteExperts(self.endpoint, config.n_routed_experts or 0)
+            self._remote = RemoteExperts(self.endpoint, config.n_routed_experts or 0)
+            self.experts = StagedExperts(self._remote, ops) if device.is_gpu else self._remote
         num_layers = config.num_hidden_layers + len(self._weights.mtp[:1])
         num_blocks = self._num_blocks(config, dtype, num_layers)
-        cache = LatentCache(config, num_blocks, dtype, num_layers)
+        cache = LatentCache(config, num_blocks, dtype, num_layers, device.torch)
         scheduler = Scheduler(
             BlockAllocator(num_blocks), self.settings.max_sequences, self.settings.max_batch_tokens, MAX_WAITING
         )
@@ -107,8 +113,8 @@ class AttentionWorker:
             module = MtpModule(config, self._weights.mtp[0], cache, self.experts, model.rope)
             self.drafter = Drafter(config, module, self.experts)
         self.engine = Engine(config, model, self.experts, self.requests, self.drafter)
-        if isinstance(self.experts, RemoteExperts):
-            self.experts.while_waiting = self.requests.peers.flush
+        if self._remote is not None:
+            self._remote.while_waiting = self.engine.meanwhile
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
         return replace(self.endpoint.info, kernels=ops.family)
@@ -167,6 +173,7 @@ class AttentionWorker:
             "waiting_tokens": scheduler.num_waiting_tokens,
         }
         if with_counters:
+            load |= self._device.report()
             load["counters"] = self._counters()
         self._latest_load = self._latest_load | load
         return load
@@ -186,12 +193,12 @@ class AttentionWorker:
         return {"drafted_tokens": self.drafter.num_drafted, "accepted_tokens": self.drafter.num_accepted}
 
     def _hop_counters(self) -> dict[str, float]:
-        if not isinstance(self.experts, RemoteExperts):
+        if self._remote is None:
             return {}
-        counters = self.experts.counters
-        balance = _balance(self.experts.loads)
+        counters = self._remote.counters
+        balance = _balance(self._remote.loads)
         return {
-            "epoch": self.experts.epoch,
+            "epoch": self._remote.epoch,
             "hops": counters.hops,
             "dispatch_rows": counters.rows,
             "dispatch_bytes": counters.bytes_out,
@@ -210,7 +217,9 @@ class AttentionWorker:
         every = tuple(range(config.n_routed_experts or 0))
         checkpoint = Checkpoint(self.settings.model_path)
         has_mtp = self.settings.speculation and checkpoint.has_mtp(config)
-        memory_checked(config, dtype, "attention", every if self.settings.colocated else (), has_mtp)
+        held = every if self.settings.colocated else ()
+        available = self._device.available_memory()
+        memory_checked(config, dtype, "attention", held, has_mtp, available, self._device.is_gpu)
         self._weights = load_attention(checkpoint, config, dtype, self.loading.progress, has_mtp, ops)
         self._local = None
         if self.settings.colocated or not every:
@@ -222,7 +231,8 @@ class AttentionWorker:
         wanted = self.settings.kv_tokens
         if wanted is None:
             token_bytes = config.latent_dim * num_layers * dtype.itemsize
-            room = int(available_memory() * KV_SHARE) // token_bytes
+            share = GPU_KV_SHARE if self._device.is_gpu else KV_SHARE
+            room = int(self._device.available_memory() * share) // token_bytes
             wanted = min(room, self.settings.max_sequences * longest)
         if wanted < BLOCK_SIZE:
             raise ValueError(f"{wanted} tokens of KV cache are less than one block of {BLOCK_SIZE}: raise kv_tokens")
@@ -256,13 +266,13 @@ class AttentionWorker:
     def _swap_view(self, has_news: bool) -> None:
         """`has_news`: an expert worker is linked (again): under the same map, rows may go to it from now on."""
         view = self._view
-        if view is None or view.expert_map is None or not isinstance(self.experts, RemoteExperts):
+        if view is None or view.expert_map is None or self._remote is None:
             return
-        if has_news or view.expert_map.epoch != self.experts.epoch:
+        if has_news or view.expert_map.epoch != self._remote.epoch:
             assert self.endpoint is not None
             names = [owner.worker for owner in view.expert_map.owners]
             links = {name: link for name in names if (link := self.endpoint.link_to(name)) is not None}
-            self.experts.set_map(view.expert_map, links)
+            self._remote.set_map(view.expert_map, links)
 
     def _broadcast_load(self) -> None:
         assert self.endpoint is not None

@@ -8,6 +8,7 @@ latents are one more layer of the cache. Rows that it has missed cost acceptance
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +19,8 @@ from ..model.config import ModelConfig
 from ..model.deepseek import OnLayer, Segment
 from ..model.kv_cache import BLOCK_SIZE
 from ..model.mtp import MtpModule
-from ..model.sampler import NothingToSample, Sampler
+from ..model.sampler import Ask, NothingToSample, RowSampler, sampler_for
+from ..model.to_device import on_device
 from .sequence import Sequence
 from .speculation import Acceptance, Speculation
 
@@ -175,7 +177,7 @@ class Drafter:
         finally:
             lost_rows = self.experts.take_failed()  # these get no draft, which is all the harm it does
         self._module_s += time.perf_counter() - started
-        sampler, guessed = Sampler(drafted.logits), []
+        sampler, guessed = sampler_for(drafted.logits, lambda: self._asks(pending)), []
         for place, (sequence, row) in enumerate(pending.wanted):
             token_id = None if row in lost_rows else self._guess(sampler, place, sequence)
             if token_id is not None:
@@ -185,11 +187,18 @@ class Drafter:
             self.speculation.draft_costs.observe(len(next_ids), time.perf_counter() - started)
         return guessed
 
-    def _guess(self, sampler: Sampler, row: int, sequence: Sequence) -> int | None:
+    def _asks(self, pending: Pass) -> Iterator[Ask]:
+        return (self._ask(place, sequence) for place, (sequence, _) in enumerate(pending.wanted))
+
+    def _ask(self, place: int, sequence: Sequence) -> Ask:
         ahead, params = len(sequence.drafts), sequence.params
         banned = params.banned_ids(sequence.num_generated + ahead, self.config.eos_token_ids)
+        return Ask(place, params, len(sequence.tokens) + ahead, banned)
+
+    def _guess(self, sampler: RowSampler, place: int, sequence: Sequence) -> int | None:
+        ask = self._ask(place, sequence)
         try:
-            return sampler.choose(row, params, len(sequence.tokens) + ahead, banned)
+            return sampler.choose(place, ask.params, ask.position, ask.banned)
         except NothingToSample:
             return None
 
@@ -211,4 +220,4 @@ def _gathered(pieces: list[Rows]) -> Tensor:
     if any(other is not hidden for other, _, _ in pieces):
         return torch.cat([rows[first : first + num] for rows, first, num in pieces])
     rows = [row for _, first, num in pieces for row in range(first, first + num)]
-    return hidden if len(rows) == len(hidden) else hidden.index_select(0, torch.tensor(rows))
+    return hidden if len(rows) == len(hidden) else hidden.index_select(0, on_device(torch.tensor(rows), hidden.device))

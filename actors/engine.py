@@ -6,12 +6,14 @@ Everything here happens on one thread: no locks, and no Ray (DESIGN law 1).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 
 from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, Segment
-from ..model.sampler import NothingToSample, SampledToken, Sampler, prompt_logprobs
+from ..model.sampler import Ask, NothingToSample, RowSampler, SampledToken, prompt_logprobs, sampler_for
+from .ahead import Ahead, look_ahead
 from .drafter import Computed, Drafter, ExpertSide
 from .overlap import Overlap
 from .requests import Requests, wire_logprob
@@ -39,26 +41,46 @@ class Engine:
         self.forward_s = 0.0  # in the network, the wait for expert rows among it
         self.host_s = 0.0  # the rest of the steps that had something to run
         self.overlap = Overlap()
+        self._running: Plan = []  # until what comes after it has been planned
+        self._ahead: Ahead | None = None
 
     def step(self) -> bool:
         """Runs one batch. False when there was nothing to run.
 
-        What came of it leaves at once, or, where experts are remote, when the next batch's rows are away at them.
+        What came of it leaves at once, or, where a step leaves the host time, in the middle of the next one.
         """
         started, forward_s = time.perf_counter(), self.forward_s
         self.requests.expire()
-        plan = self.scheduler.plan()
+        plan, batch = self._next_batch()
         if plan:
-            self._run(plan)
-        if not plan or not self.experts.has_waits:
+            self._run(plan, batch)
+        if not plan or not self._has_time:
             self.requests.peers.flush()
         if plan:
             self.host_s += time.perf_counter() - started - (self.forward_s - forward_s)
         return bool(plan)
 
-    def _run(self, plan: Plan) -> None:
+    @property
+    def _has_time(self) -> bool:
+        """Whether a step leaves the host time: while rows are away at the experts, or while the device computes."""
+        return self.experts.has_waits or self.requests.cache.layers[0].is_cuda
+
+    def meanwhile(self) -> None:
+        """What need not be done between two steps: telling what the last one brought, and planning the next one."""
+        self.requests.peers.flush()
+        if self._running:
+            self._ahead, self._running = look_ahead(self.scheduler, self._running), []
+
+    def _next_batch(self) -> tuple[Plan, Batch]:
+        ahead, self._ahead = self._ahead, None
+        wants_hidden = self.drafter is not None
+        if ahead is not None and ahead.holds(self.scheduler):
+            return ahead.plan, ahead.batch(wants_hidden)
+        plan = self.scheduler.plan()
+        return plan, _batch_of(plan, wants_hidden)
+
+    def _run(self, plan: Plan, batch: Batch) -> None:
         started = time.perf_counter()
-        batch = _batch_of(plan, wants_hidden=self.drafter is not None)
         prompts = [chunk for chunk in plan if not chunk.absorbed]
         now = time.time_ns()
         for chunk in prompts:
@@ -67,10 +89,13 @@ class Engine:
         on_layer = self.requests.layer_sender(plan)
         phase, num_rows, waited = self.experts.phase, len(batch.token_ids), self.experts.wait_s
         count = self.overlap.choose(phase, num_rows)
-        begun = time.perf_counter()
+        begun, self._running = time.perf_counter(), plan
         try:
             output = self.model.forward(batch, on_layer, count)
+            if output.logits.is_cuda:
+                self.meanwhile()
         finally:
+            self._running = []
             lost_rows = self.experts.take_failed()  # rows of this batch: none may be left for the next one
         self.forward_s += time.perf_counter() - begun
         self.overlap.observe(phase, num_rows, count, time.perf_counter() - started, self.experts.wait_s - waited)
@@ -88,7 +113,7 @@ class Engine:
 
     def _postprocess(self, plan: Plan, logits: torch.Tensor, lost_rows: dict[int, str]) -> list[Computed]:
         """Chunk by chunk: fails, scores, samples, ends or goes on. Returns the rows that stay."""
-        sampler, computed = Sampler(logits), []
+        sampler, computed = sampler_for(logits, lambda: self._asks(plan)), list[Computed]()
         row = logit_row = 0
         for chunk in plan:
             has_sampled, num_logits, num_drafts = chunk.is_last, _num_logit_rows(chunk), len(chunk.drafts)
@@ -116,7 +141,7 @@ class Engine:
             return False
         return True
 
-    def _sample(self, chunk: Chunk, num_drafts: int, sampler: Sampler, row: int) -> int:
+    def _sample(self, chunk: Chunk, num_drafts: int, sampler: RowSampler, row: int) -> int:
         """The next token of a sequence, and those after it as long as its drafts come true. Returns how many did.
 
         `row` is the last known token's; the drafts' follow. A draft whose row lost an expert counts as wrong: were it
@@ -146,10 +171,24 @@ class Engine:
             self._fail_unsampled(sequence, sampler.is_finite(row + len(tokens)), failure)
         return max(len(tokens) - 1, 0)
 
-    def _token(self, sequence: Sequence, ahead: int, sampler: Sampler, row: int) -> SampledToken:
-        params, eos = sequence.params, self.config.eos_token_ids
-        banned = params.banned_ids(sequence.num_generated + ahead, eos) if params.min_tokens else ()
-        return sampler.token(row, params, len(sequence.tokens) + ahead, banned)
+    def _token(self, sequence: Sequence, ahead: int, sampler: RowSampler, row: int) -> SampledToken:
+        return sampler.token(row, sequence.params, len(sequence.tokens) + ahead, self._banned(sequence, ahead))
+
+    def _asks(self, plan: Plan) -> Iterator[Ask]:
+        """What `_sample` may ask for: of each sequence the last known row's token, and those after its drafts."""
+        end = 0
+        for chunk in plan:
+            end += _num_logit_rows(chunk)
+            sequence, first = chunk.sequence, end - 1 - len(chunk.drafts)
+            for ahead in range(1 + len(chunk.drafts)) if chunk.is_last and sequence.params.max_tokens else ():
+                position = len(sequence.tokens) + ahead
+                yield Ask(first + ahead, sequence.params, position, self._banned(sequence, ahead))
+
+    def _banned(self, sequence: Sequence, ahead: int) -> tuple[int, ...]:
+        params = sequence.params
+        if not params.min_tokens:
+            return ()
+        return params.banned_ids(sequence.num_generated + ahead, self.config.eos_token_ids)
 
     def _goes_on(self, sequence: Sequence, tokens: list[SampledToken], draft: int) -> bool:
         """Whether the next row's input is the token just sampled, and that one does not end the sequence."""

@@ -13,11 +13,13 @@ from ..model.config import ModelConfig
 from ..model.ops import ops_for
 from ..model.self_test import self_test
 from ..model.weights import load_experts
+from .devices import device_for
 from .endpoint import Endpoint
 from .expert_host import ExpertHost
 from .expert_server import ExpertServer
 from .loading import Loading, memory_checked, resolve_dtype
 from .settings import WorkerSettings
+from .staging import StagedHost
 from .view import ClusterView, WorkerInfo
 
 
@@ -37,18 +39,19 @@ class ExpertWorker:
         config = ModelConfig.from_path(self.settings.model_path)
         assert config.n_routed_experts, f"{self.settings.model_path} has no routed experts: no expert worker is needed"
         experts = self.settings.expert_ids or tuple(range(config.n_routed_experts))
-        dtype = resolve_dtype(self.settings.dtype, config)
-        self._ops = ops = ops_for(dtype)
+        self._device = device = device_for(self.settings.gpus)
+        dtype = resolve_dtype(self.settings.dtype, config, device.is_gpu)
+        self._ops = ops = ops_for(dtype, device.torch, config.quantization)
         ops.set_threads(self.settings.num_threads, self.settings.max_threads)
         checkpoint = Checkpoint(self.settings.model_path)
         has_mtp = self.settings.speculation and checkpoint.has_mtp(config)
-        memory_checked(config, dtype, "expert", experts, has_mtp)
+        memory_checked(config, dtype, "expert", experts, has_mtp, device.available_memory(), device.is_gpu)
         with torch.inference_mode():
             layers = range(config.num_hidden_layers + has_mtp)
             weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress, ops=ops)
         self.loading.phase = "self-test"
         self_test(config, dtype, ops, "experts")
-        host = ExpertHost(weights, config.n_routed_experts)
+        host = (StagedHost if device.is_gpu else ExpertHost)(weights, config.n_routed_experts)
         self.server = ExpertServer(host, config.hidden_size, config.n_routed_experts, dtype)
         self.endpoint = Endpoint(self.settings)
         self.endpoint.start(self._serve)
@@ -64,11 +67,11 @@ class ExpertWorker:
         self.endpoint.apply(view, [])
 
     def status(self) -> dict[str, Any]:
-        if self.endpoint:
-            self.endpoint.check()
-        links = self.endpoint.describe_links() if self.endpoint else []
-        counts = self.server.counts if self.endpoint else {}
-        return {"name": self.settings.name, "role": "expert", "pid": os.getpid(), "links": links, **counts}
+        base = {"name": self.settings.name, "role": "expert", "pid": os.getpid()}
+        if self.endpoint is None:
+            return base
+        self.endpoint.check()
+        return base | self._device.report() | {"links": self.endpoint.describe_links(), **self.server.counts}
 
     def stop(self) -> None:
         if self.endpoint:

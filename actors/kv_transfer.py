@@ -13,15 +13,16 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.kv_cache import BLOCK_SIZE, LatentCache
+from ..model.kv_cache import BLOCK_SIZE
 from ..model.sampling_params import SamplingParams
+from .cache_memory import CacheMemory, Reading, Runs
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import KV_LAYER, Kind, pack, unpack
 from .sequence import Sequence
-from .wire import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,12 @@ class Damaged(Exception):
         self.sequence = sequence
 
 
-def runs(block_table: list[int], start: int, num: int) -> list[tuple[int, int]]:
+def runs(block_table: list[int], start: int, num: int) -> Runs:
     """Where positions [start, start + num) lie in a layer seen as [num_blocks * BLOCK_SIZE, latent_dim].
 
     Pairs of first row and number of rows, in the order of the positions; neighbours are joined.
     """
-    found: list[tuple[int, int]] = []
+    found: Runs = []
     position, end = start, start + num
     while position < end:
         offset = position % BLOCK_SIZE
@@ -97,7 +98,7 @@ class Span:
     link: Link
     start: int
     num: int
-    runs: list[tuple[int, int]]
+    runs: Runs
 
 
 def take_spans(sequence: Sequence, link: Link, end: int) -> list[Span]:
@@ -117,25 +118,32 @@ def take_spans(sequence: Sequence, link: Link, end: int) -> list[Span]:
 
 
 class LayerSender:
-    """The forward pass's `on_layer` hook: ships a layer's rows of the spans. Where they lie was found once for all."""
+    """The forward pass's `on_layer` hook: ships a layer's rows of the spans. Where they lie was found once for all.
 
-    def __init__(self, cache: LatentCache, spans: list[Span], checksums: bool) -> None:
-        self._cache = cache
+    Rows of a device's cache leave a layer or so later, when they have reached the host; `finish` waits for the last.
+    """
+
+    def __init__(self, memory: CacheMemory, spans: list[Span], checksums: bool) -> None:
+        self._memory = memory
         self._spans = spans
         self._checksums = checksums
+        self._reading: deque[tuple[int, Span, Reading]] = deque()
 
     def __call__(self, layer: int) -> None:
-        if not self._spans:
-            return
-        memory, row_bytes = _memory_of(self._cache, layer)
         for span in self._spans:
             if not span.link.closed:  # else the Closed event fails the sequence after this step
-                pieces = [memory[row * row_bytes : (row + count) * row_bytes] for row, count in span.runs]
-                self._send(layer, span, pieces)
+                self._reading.append((layer, span, self._memory.read(layer, span.runs)))
+        while self._reading and self._reading[0][2].is_there():
+            self._send(*self._reading.popleft())
 
-    def _send(self, layer: int, span: Span, pieces: list[memoryview]) -> None:
+    def finish(self) -> None:
+        while self._reading:
+            self._send(*self._reading.popleft())
+
+    def _send(self, layer: int, span: Span, reading: Reading) -> None:
         sequence, began_ns = span.sequence, time.time_ns()
         sequence.kv_started_ns = sequence.kv_started_ns or began_ns
+        pieces = reading.pieces()
         checksum = checksum_of(pieces) if self._checksums else 0
         meta = KV_LAYER.pack(layer, sequence.number, span.start, span.num, checksum)
         try:
@@ -147,7 +155,11 @@ class LayerSender:
 
 
 def receive_layer(
-    cache: LatentCache, receiving: dict[tuple[str, int], Sequence], link: Link, message: Message, checksums: bool
+    memory: CacheMemory,
+    receiving: dict[tuple[str, int], Sequence],
+    link: Link,
+    message: Message,
+    checksums: bool,
 ) -> None:
     """Writes one layer's rows into the sequence's blocks, but for those of a prefix that is shared with others here.
 
@@ -157,17 +169,12 @@ def receive_layer(
     sequence = receiving.get((link.peer.name, number))
     if sequence is None:
         return
-    if checksums and checksum_of([message.payload]) != checksum:
+    payload, row_bytes = message.payload, memory.row_bytes
+    if checksums and checksum_of([payload]) != checksum:
         raise Damaged(sequence, layer, start, num, link.peer.name)
-    memory, row_bytes = _memory_of(cache, layer)
-    payload = message.payload
     assert payload.nbytes == num * row_bytes, f"{link.peer.name} announced {num} rows and sent {payload.nbytes} bytes"
     skipped = min(max(sequence.cached_tokens - start, 0), num)
-    done = skipped * row_bytes
-    for row, count in runs(sequence.block_table, start + skipped, num - skipped):
-        # not by torch: it would share a copy among threads, and wait for a core that somebody else computes on
-        memory[row * row_bytes : (row + count) * row_bytes] = payload[done : done + count * row_bytes]
-        done += count * row_bytes
+    memory.write(layer, runs(sequence.block_table, start + skipped, num - skipped), payload[skipped * row_bytes :])
     sequence.kv_started_ns = sequence.kv_started_ns or time.time_ns()
     sequence.kv_bytes += payload.nbytes
     sequence.rows_received += num - skipped
@@ -179,9 +186,3 @@ def checksum_of(pieces: list[memoryview]) -> int:
     for piece in pieces:
         checksum = zlib.crc32(piece, checksum)
     return checksum
-
-
-def _memory_of(cache: LatentCache, layer: int) -> tuple[memoryview, int]:
-    """The bytes of a layer's rows, and of one row."""
-    rows = cache.layers[layer]
-    return bytes_of(rows), rows.shape[-1] * rows.itemsize

@@ -35,8 +35,15 @@ class Loading:
             return {"phase": self.phase, "done_bytes": self._done, "total_bytes": self._total}
 
 
-def resolve_dtype(dtype: Dtype, config: ModelConfig) -> torch.dtype:
-    """`auto` keeps a checkpoint's own precision; FP8 and FP16 become bfloat16, the family's compute type."""
+def resolve_dtype(dtype: Dtype, config: ModelConfig, on_gpu: bool = False) -> torch.dtype:
+    """`auto` keeps a checkpoint's own precision; FP8 and FP16 become bfloat16, the family's compute type.
+
+    A GPU computes in bfloat16 whatever the checkpoint's. Raises ValueError where it is told float32.
+    """
+    if on_gpu:
+        if dtype == "float32":
+            raise ValueError("dtype is float32, and the GPU kernels compute in bfloat16: use auto, or set gpus to 0")
+        return torch.bfloat16
     if dtype == "auto":
         return torch.float32 if config.torch_dtype == "float32" and not config.quantization else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -47,11 +54,13 @@ def memory_checked(
     dtype: torch.dtype,
     role: Literal["attention", "expert"],
     experts: Sequence[int],
-    has_mtp: bool = False,
+    has_mtp: bool,
+    available: int,
+    keeps_fp8: bool = False,
 ) -> None:
     """Raises ValueError with the figures when the weights cannot fit: before loading, not after ten minutes."""
-    needed = bytes_for_role(config, dtype, role, experts, has_mtp)
-    check_memory(needed, available_memory())
+    needed = bytes_for_role(config, dtype, role, experts, has_mtp, keeps_fp8)
+    check_memory(needed, available)
 
 
 def available_memory(cgroup: Path = CGROUP) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from ..model.config import ModelConfig
 from ..model.kv_cache import LatentCache
 from ..model.sampler import SampledToken
+from .cache_memory import memory_of
 from .kv_transfer import Damaged, LayerSender, open_message, receive_layer, sequence_from_open, take_spans
 from .links import Link
 from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, pack, unpack
@@ -48,6 +49,8 @@ class Requests:
         self.scheduler = scheduler
         self.tracer = tracer
         self.kv_checksums = kv_checksums
+        self._memory = memory_of(cache)
+        self._sender = LayerSender(self._memory, [], kv_checksums)
         self.peers = Peers(describe_load)
         self.counters: Counter[str] = Counter()
         self._sequences: dict[str, Sequence] = {}
@@ -138,7 +141,7 @@ class Requests:
 
     def _on_kv_layer(self, event: Received) -> None:
         try:
-            receive_layer(self.cache, self._receiving, event.link, event.message, self.kv_checksums)
+            receive_layer(self._memory, self._receiving, event.link, event.message, self.kv_checksums)
         except Damaged as error:
             self.counters["kv_damaged"] += 1
             self.fail(error.sequence, "unavailable", str(error))
@@ -222,10 +225,13 @@ class Requests:
         """The `on_layer` hook of a step: every layer's new prompt rows leave as soon as it has run."""
         bound = [(chunk, link) for chunk in plan if not chunk.absorbed and (link := self.kv_link(chunk.sequence))]
         spans = [span for chunk, link in bound for span in take_spans(chunk.sequence, link, chunk.start + chunk.num)]
-        return LayerSender(self.cache, spans, self.kv_checksums)
+        self._sender.finish()
+        self._sender = LayerSender(self._memory, spans, self.kv_checksums)
+        return self._sender
 
     def hand_over_ready(self, plan: Plan) -> None:
         """At the end of a step: whose first token is known goes to its decode worker, if that one has accepted."""
+        self._sender.finish()
         for chunk in plan:
             if chunk.sequence.state == "handover" and chunk.sequence.accepted:
                 self._hand_over(chunk.sequence)
@@ -235,9 +241,10 @@ class Requests:
         token, link = sequence.first_token, self.kv_link(sequence)
         assert token is not None, f"{sequence.id} handed over without a first token"
         if link is not None:
-            send_rest = LayerSender(self.cache, take_spans(sequence, link, sequence.num_prompt), self.kv_checksums)
+            send_rest = LayerSender(self._memory, take_spans(sequence, link, sequence.num_prompt), self.kv_checksums)
             for layer in range(len(self.cache.layers)):
                 send_rest(layer)
+            send_rest.finish()
         done = pack({"number": sequence.number, "token_id": token.token_id, "drafts": sequence.drafts})
         if link is None or not self.peers.send(link, Kind.KV_DONE, done):
             self.fail(sequence, "unavailable", f"decode worker {sequence.target} is gone")

@@ -26,6 +26,7 @@ class WorkerSettings:
     tcp_host: str
     transport: Transport
     num_threads: int  # its share of the node's cores
+    gpus: float = 0.0  # what Ray has reserved for it; above 0 it computes on the GPU that its process sees
     expert_ids: tuple[int, ...] | None = None
     colocated: bool = False
     max_sequences: int = 64

@@ -164,14 +164,14 @@ def _up(args: argparse.Namespace) -> int:
     from .registry import Registry
     from .spec import load_spec
     from .terminal import StartProgress, console_for, render_status
-    from .up import check, keep, signals_stop_it, start, wait_until_ready
+    from .up import check, keep, signals_stop_it, start, unused_gpus, wait_until_ready
 
     console = console_for(sys.stderr)
     spec = load_spec(args.spec, _overrides(args))
     registry = Registry()
     registry.refuse_if_up(spec.name)
     facts = check(spec)
-    for notice in facts.notices:
+    for notice in (*facts.notices, *unused_gpus(spec)):
         console.print(notice, style="yellow", markup=False)
     started = start(spec, facts, registry, args.timeout, args.detach)
     with signals_stop_it(started, lambda: console.print("stopping", style="dim")):
@@ -259,9 +259,13 @@ def _sampling(args: argparse.Namespace) -> pb.Sampling:
 
 def _inspect(args: argparse.Namespace) -> int:
     from ..model.inventory import describe, render
+    from .local_gpus import local_gpus
     from .terminal import console_for
 
-    console_for(sys.stdout).print(render(describe(args.path)))
+    console = console_for(sys.stdout)
+    console.print(render(describe(args.path)))
+    if (gpus := local_gpus()).is_there:
+        console.print(f"on this machine: {gpus.problem or gpus.told}", markup=False)
     return 0
 
 

@@ -60,6 +60,7 @@ class ControllerSettings:
             transport=spec.transport,
             num_threads=start.threads.share,
             max_threads=start.threads.most,
+            gpus=plan.gpus,
             expert_ids=plan.expert_ids,
             colocated=spec.experts.colocated and plan.role != "expert",
             max_sequences=spec.engine.max_sequences,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import sys
 import time
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import braid_v1_pb2 as pb
+from .local_gpus import local_gpus
 from .processes import wait_gone
 from .registry import Registry
 from .spec import ClusterSpec, from_dict
@@ -34,8 +36,11 @@ def demo() -> int:
     """0 if everything worked and nothing is left."""
     console, registry = console_for(sys.stdout), Registry()
     registry.refuse_if_up(NAME)
-    spec = demo_spec()
-    console.rule("starting 1 prefill, 1 decode and 2 expert workers")
+    gpus = local_gpus()
+    spec = demo_spec(gpus.count)
+    console.rule(f"starting 1 prefill, 1 decode and 2 expert workers on {gpus.told if gpus.count else 'the CPU'}")
+    if gpus.problem and gpus.unused:
+        console.print(gpus.unused, style="yellow", markup=False)
     begun = time.monotonic()
     started = start(spec, check(spec), registry, timeout_s=180.0, detach=False)
     try:
@@ -50,14 +55,16 @@ def demo() -> int:
     return 1 if left else 0
 
 
-def demo_spec() -> ClusterSpec:
+def demo_spec(num_gpus: int = 0) -> ClusterSpec:
+    """Its four workers share the GPUs there are, as evenly as that goes."""
     http_port, grpc_port = free_ports(2)
+    gpus = 1 / math.ceil(4 / num_gpus) if num_gpus else 0.0
     return from_dict(
         {
             "name": NAME,
-            "prefill": {"workers": 1},
-            "decode": {"workers": 1},
-            "experts": {"workers": 2, "replicas": 2},
+            "prefill": {"workers": 1, "gpus": gpus},
+            "decode": {"workers": 1, "gpus": gpus},
+            "experts": {"workers": 2, "replicas": 2, "gpus": gpus},
             "engine": {"kv_tokens": 65536},
             "front_end": {"http_port": http_port, "grpc_port": grpc_port},
         }

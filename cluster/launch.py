@@ -117,7 +117,7 @@ class RayLauncher:
     async def place(self, pool: PoolPlan, timeout_s: float) -> tuple[Node, ...]:
         labels = [dict(pool.labels)] * len(pool.workers) if pool.labels else None
         group = placement_group(
-            [{"CPU": pool.cpus} for _ in pool.workers],
+            [pool.resources for _ in pool.workers],
             strategy=pool.strategy,
             name=f"{self.settings.namespace}-{pool.name}",
             lifetime=_lifetime(self.settings),
@@ -136,11 +136,13 @@ class RayLauncher:
 
     def start_worker(self, plan: WorkerPlan, settings: WorkerSettings) -> RayWorker:
         group = self._groups[plan.pool]
+        reserved = group.bundle_specs[plan.bundle]
         actor = ray.remote(WorkerProcess).options(
             name=plan.name,
             namespace=self.settings.namespace,
             lifetime=_lifetime(self.settings),
-            num_cpus=group.bundle_specs[plan.bundle]["CPU"],
+            num_cpus=reserved["CPU"],
+            num_gpus=reserved.get("GPU", 0.0),
             max_concurrency=4,  # progress and status answer while prepare runs
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=plan.bundle),
@@ -225,5 +227,5 @@ def _nodes(is_local: bool) -> dict[str, Node]:
             address = LOOPBACK if is_local else node["NodeManagerAddress"]
             labels = {key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/node-id")}
             name = socket.gethostname() if is_local else node["NodeName"]
-            found[node["NodeID"]] = Node(name, address, cores, cpus, labels)
+            found[node["NodeID"]] = Node(name, address, cores, cpus, labels, node["Resources"].get("GPU", 0.0))
     return found

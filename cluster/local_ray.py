@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 from .errors import ClusterNotFound
+from .local_gpus import local_gpus
 from .spec import ClusterSpec
 
 OBJECT_STORE_BYTES = 200 << 20  # no tensors travel through Ray: only views and settings
@@ -18,7 +19,10 @@ SPARE_CPUS = 2.0  # what front ends ask for
 
 
 def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
-    """Starts Ray with as many logical CPUs as the spec's workers ask for, however few cores there are."""
+    """Starts Ray with as many logical CPUs as the spec's workers ask for, however few cores there are.
+
+    GPUs are this machine's, where the spec asks for any: Ray shows each worker its own.
+    """
     token = run_dir / "ray-token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -34,7 +38,7 @@ def start_ray(run_dir: Path, spec: ClusterSpec) -> None:
     ray.init(
         address="local",
         num_cpus=math.ceil(cpus_wanted(spec) + SPARE_CPUS),
-        num_gpus=0,
+        num_gpus=local_gpus().count if spec.uses_gpus else 0,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,

@@ -12,6 +12,7 @@ from .errors import SpecError
 from .spec import ClusterSpec, ExpertPool, Pool, Strategy
 
 PoolName = Literal["prefill", "decode", "expert"]
+SLACK = 1e-9  # shares such as 1/3 add up to hardly more than one
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class WorkerPlan:
     pool: PoolName
     bundle: int
     expert_ids: tuple[int, ...] | None = None
+    gpus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,12 @@ class PoolPlan:
     cpus: float
     strategy: Strategy
     labels: Mapping[str, str] = field(default_factory=dict)
+    gpus: float = 0.0
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,10 @@ class Node:
     cores: int
     cpus: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
+    gpus: float = 0.0
+
+    def has(self, resource: str) -> float:
+        return {"CPU": self.cpus, "GPU": self.gpus}[resource]
 
 
 def plan_pools(spec: ClusterSpec, num_experts: int) -> tuple[PoolPlan, ...]:
@@ -77,7 +89,8 @@ def threads_per_worker(node: Node, worker: WorkerPlan, on_node: Sequence[WorkerP
 
 def explain_refusal(pool: PoolPlan, nodes: Sequence[Node]) -> str:
     """Why a pool has no place, in words, from what the live nodes have."""
-    wanted = f"pool {pool.name}: {len(pool.workers)} x {pool.cpus:g} CPU, {pool.strategy}"
+    each = " and ".join(f"{amount:g} {resource}" for resource, amount in pool.resources.items())
+    wanted = f"pool {pool.name}: {len(pool.workers)} x {each}, {pool.strategy}"
     if pool.labels:
         wanted += ", labels " + _labels(pool.labels)
     fitting = [node for node in nodes if all(node.labels.get(key) == value for key, value in pool.labels.items())]
@@ -87,18 +100,42 @@ def explain_refusal(pool: PoolPlan, nodes: Sequence[Node]) -> str:
         )
     if pool.strategy == "STRICT_SPREAD" and len(fitting) < len(pool.workers):
         return f"{wanted}: needs {len(pool.workers)} different nodes, there are {len(fitting)}; use SPREAD or add nodes"
-    most = max(node.cpus for node in fitting)
-    total = sum(node.cpus for node in fitting)
-    if pool.cpus > most:
-        return f"{wanted}: no node has {pool.cpus:g} CPU, the largest has {most:g}; lower {pool.name}.cpus"
-    if pool.strategy == "STRICT_PACK" and pool.cpus * len(pool.workers) > most:
-        return f"{wanted}: all on one node needs {pool.cpus * len(pool.workers):g} CPU, the largest has {most:g}"
-    return f"{wanted}: {total:g} CPU on {len(fitting)} fitting nodes, too many of them taken by others"
+    for resource, amount in pool.resources.items():
+        if told := _too_much(pool, resource, amount, fitting):
+            return f"{wanted}: {told}"
+    there = " and ".join(f"{sum(node.has(resource) for node in fitting):g} {resource}" for resource in pool.resources)
+    return f"{wanted}: {there} on {len(fitting)} fitting nodes, too many of them taken by others"
+
+
+def gpus_needed(pools: Sequence[PoolPlan]) -> int:
+    """Whole GPUs of one machine that the workers take: shares of different GPUs do not make up another one."""
+    left: list[float] = []
+    for gpus in sorted((plan.gpus for pool in pools for plan in pool.workers if plan.gpus), reverse=True):
+        place = next((place for place, room in enumerate(left) if room >= gpus - SLACK), None)
+        if place is None:
+            left.append(1.0 - gpus)
+        else:
+            left[place] -= gpus
+    return len(left)
+
+
+def _too_much(pool: PoolPlan, resource: str, amount: float, fitting: Sequence[Node]) -> str | None:
+    most, all_of_them = max(node.has(resource) for node in fitting), amount * len(pool.workers)
+    if resource == "GPU" and not most:
+        return "no fitting node has a GPU that Ray knows of; set gpus to 0, or start Ray there with --num-gpus"
+    if amount > most:
+        key = "experts" if pool.name == "expert" else pool.name
+        return f"no node has {amount:g} {resource}, the largest has {most:g}; lower {key}.{resource.lower()}s"
+    if pool.strategy == "STRICT_PACK" and all_of_them > most:
+        return f"all on one node needs {all_of_them:g} {resource}, the largest has {most:g}"
+    if resource == "GPU" and all_of_them > (total := sum(node.gpus for node in fitting)):
+        return f"needs {all_of_them:g} GPU, the {len(fitting)} fitting nodes have {total:g}; lower workers or gpus"
+    return None
 
 
 def _attention(name: PoolName, role: Role, pool: Pool) -> PoolPlan:
-    workers = tuple(WorkerPlan(f"{name}-{index}", role, name, index) for index in range(pool.workers))
-    return PoolPlan(name, workers, pool.cpus, pool.strategy, pool.labels)
+    workers = tuple(WorkerPlan(f"{name}-{index}", role, name, index, None, pool.gpus) for index in range(pool.workers))
+    return PoolPlan(name, workers, pool.cpus, pool.strategy, pool.labels, pool.gpus)
 
 
 def _experts(pool: ExpertPool, num_experts: int) -> PoolPlan:
@@ -111,8 +148,10 @@ def _experts(pool: ExpertPool, num_experts: int) -> PoolPlan:
         )
     names = [f"expert-{index}" for index in range(pool.workers)]
     held = assign(num_experts, names, pool.replicas)
-    workers = tuple(WorkerPlan(name, "expert", "expert", index, held[name]) for index, name in enumerate(names))
-    return PoolPlan("expert", workers, pool.cpus, pool.strategy, pool.labels)
+    workers = tuple(
+        WorkerPlan(name, "expert", "expert", index, held[name], pool.gpus) for index, name in enumerate(names)
+    )
+    return PoolPlan("expert", workers, pool.cpus, pool.strategy, pool.labels, pool.gpus)
 
 
 def _labels(labels: Mapping[str, str]) -> str:

@@ -14,8 +14,11 @@ from ..model.licences import find_licences
 from ..model.tokenizer import Tokenizer
 from .controller_settings import ModelFacts
 from .errors import SpecError
-from .plan import plan_pools
+from .local_gpus import LocalGpus
+from .plan import gpus_needed, plan_pools
 from .spec import BUNDLED, ClusterSpec
+
+NO_GPUS = LocalGpus()
 
 
 def model_path(spec: ClusterSpec) -> Path:
@@ -52,7 +55,7 @@ def model_facts(spec: ClusterSpec) -> ModelFacts:
     return facts
 
 
-def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
+def check_weights(spec: ClusterSpec, facts: ModelFacts, gpus: LocalGpus = NO_GPUS) -> None:
     """Every tensor's name, shape and type, and the memory that all local workers will want. Imports torch."""
     from ..actors.loading import available_memory, resolve_dtype
     from ..model.checkpoint import Checkpoint
@@ -60,17 +63,18 @@ def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
 
     config, checkpoint = ModelConfig.from_path(facts.path), Checkpoint(facts.path)
     checkpoint.check(config)
+    on_gpu = spec.uses_gpus
     has_mtp = spec.engine.speculation and checkpoint.has_mtp(config)
-    dtype = resolve_dtype(spec.model.dtype, config)
+    dtype = resolve_dtype(spec.model.dtype, config, on_gpu)
     every = range(facts.num_experts)
     num_attention = spec.prefill.workers + spec.decode.workers
     colocated = every if spec.experts.colocated else ()
-    needed = num_attention * bytes_for_role(config, dtype, "attention", colocated, has_mtp)
+    needed = num_attention * bytes_for_role(config, dtype, "attention", colocated, has_mtp, on_gpu)
     for pool in plan_pools(spec, facts.num_experts):
         for plan in pool.workers:
             if plan.expert_ids is not None:
-                needed += bytes_for_role(config, dtype, "expert", plan.expert_ids, has_mtp)
-    available = available_memory()
+                needed += bytes_for_role(config, dtype, "expert", plan.expert_ids, has_mtp, on_gpu)
+    available = sum(gpus.memory) if on_gpu else available_memory()
     check_memory(needed, available)
     if spec.engine.kv_tokens is not None:
         cache = spec.engine.kv_tokens * config.latent_dim * (config.num_hidden_layers + has_mtp) * dtype.itemsize
@@ -79,6 +83,18 @@ def check_weights(spec: ClusterSpec, facts: ModelFacts) -> None:
                 f"engine.kv_tokens: {spec.engine.kv_tokens} tokens take {cache / 2**30:.1f} GiB on each of "
                 f"{num_attention} attention workers; {(available - needed) / 2**30:.1f} GiB are left beside the weights"
             )
+
+
+def check_gpus(spec: ClusterSpec, facts: ModelFacts, gpus: LocalGpus) -> None:
+    """That the workers of a Ray of our own fit on this machine's GPUs."""
+    needed = gpus_needed(plan_pools(spec, facts.num_experts))
+    if needed and gpus.problem:
+        raise SpecError(f"gpus: the pools ask for GPUs, and {gpus.problem}")
+    if needed > gpus.count:
+        raise SpecError(
+            f"gpus: the pools take {needed} GPUs and this machine has {gpus.count}; lower the shares, so that several "
+            "workers use one, or the number of workers"
+        )
 
 
 def _moe_layers(config: ModelConfig, spec: ClusterSpec) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from .spec_parser import parse, read_yaml
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 BUNDLED = "bundled"
+LEAST_GPUS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Attention workers of one role. `cpus` is what Ray reserves for each; labels choose its nodes."""
+    """Attention workers of one role. `cpus` and `gpus` are what Ray reserves for each; labels choose its nodes.
+
+    A worker uses one GPU; with a share of one, several workers use the same.
+    """
 
     workers: int = 1
     cpus: float = 1.0
+    gpus: float = 0.0
     strategy: Strategy = "PACK"
     labels: dict[str, str] = field(default_factory=dict)
 
@@ -43,6 +48,7 @@ class ExpertPool:
     colocated: bool = False
     replicas: int = 2
     cpus: float = 1.0
+    gpus: float = 0.0
     strategy: Strategy = "PACK"
     labels: dict[str, str] = field(default_factory=dict)
 
@@ -104,6 +110,16 @@ class ClusterSpec:
     def num_workers(self) -> int:
         return self.prefill.workers + self.decode.workers + self.experts.workers
 
+    @property
+    def pools(self) -> dict[str, Pool | ExpertPool]:
+        """Those that have workers, by their key."""
+        pools: dict[str, Pool | ExpertPool] = {"prefill": self.prefill, "decode": self.decode, "experts": self.experts}
+        return {name: pool for name, pool in pools.items() if pool.workers > 0}
+
+    @property
+    def uses_gpus(self) -> bool:
+        return any(pool.gpus > 0 for pool in self.pools.values())
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -141,6 +157,7 @@ def problems(spec: ClusterSpec) -> Iterator[str]:
     """Everything impossible about a well-typed spec, worst first."""
     yield from _name_problems(spec)
     yield from _pool_problems(spec)
+    yield from _gpu_problems(spec)
     yield from _engine_problems(spec.engine)
     yield from _front_end_problems(spec.front_end)
 
@@ -170,6 +187,25 @@ def _pool_problems(spec: ClusterSpec) -> Iterator[str]:
             yield f"{name}.cpus: {pool.cpus} must be above 0; a small share such as 0.1 will do"
         if spec.transport == "shm" and pool.strategy == "STRICT_SPREAD" and pool.workers > 1:
             yield f"{name}.strategy: STRICT_SPREAD puts workers on different hosts, which transport: shm cannot join"
+
+
+def _gpu_problems(spec: ClusterSpec) -> Iterator[str]:
+    pools = spec.pools
+    for name, pool in pools.items():
+        if pool.gpus != 0 and not LEAST_GPUS <= pool.gpus <= 1:  # a NaN, too
+            yield (
+                f"{name}.gpus: {pool.gpus:g} must be 0 (the CPU), 1, or a share of one GPU of at least {LEAST_GPUS:g}, "
+                "such as 0.25 for four workers on one; more GPUs take more workers"
+            )
+    without = [name for name, pool in pools.items() if not pool.gpus]
+    if spec.uses_gpus and without:
+        using = " and ".join(name for name in pools if name not in without)
+        yield (
+            f"{without[0]}.gpus: 0, while {using} use GPUs, whose kernels round otherwise than the CPU's: "
+            "give every pool GPUs, or none"
+        )
+    if spec.uses_gpus and spec.model.dtype == "float32":
+        yield "model.dtype: float32 is for the CPU, the GPU kernels compute in bfloat16; use auto, or set gpus to 0"
 
 
 def _engine_problems(engine: EngineLimits) -> Iterator[str]:

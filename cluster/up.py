@@ -20,8 +20,9 @@ from typing import Any
 
 from .controller_settings import ControllerSettings, ModelFacts
 from .errors import StartFailed
+from .local_gpus import local_gpus
 from .local_ray import check_answers
-from .preflight import check_ports, check_weights, model_facts, read_api_keys, read_secret
+from .preflight import check_gpus, check_ports, check_weights, model_facts, read_api_keys, read_secret
 from .processes import end_processes, process_of
 from .registry import Record, Registry
 from .spec import ClusterSpec
@@ -46,10 +47,20 @@ def check(spec: ClusterSpec) -> ModelFacts:
     facts = model_facts(spec)
     if spec.ray_address is None:
         check_ports(spec)
-        check_weights(spec, facts)
+        gpus = local_gpus()
+        check_gpus(spec, facts, gpus)
+        check_weights(spec, facts, gpus)
     else:
         check_answers(spec.ray_address)
     return facts
+
+
+def unused_gpus(spec: ClusterSpec) -> tuple[str, ...]:
+    """One line when the workers of a Ray of our own leave this machine's GPU alone."""
+    if spec.ray_address is not None or spec.uses_gpus:
+        return ()
+    unused = local_gpus().unused
+    return () if unused is None else (unused,)
 
 
 def start(spec: ClusterSpec, facts: ModelFacts, registry: Registry, timeout_s: float, detach: bool) -> Started:

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..kernels.quant import scale_shape
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .licences import Licences, find_licences
@@ -25,7 +26,7 @@ from .parameter_counts import (
     count_stored,
     tensors_of,
 )
-from .tensor_names import expert_tensors, mtp_copies, mtp_layers
+from .tensor_names import expert_tensors, is_quantised_in_fp8, mtp_copies, mtp_layers
 
 WorkerRole = Literal["attention", "expert"]
 
@@ -82,8 +83,12 @@ def bytes_for_role(
     role: WorkerRole,
     expert_ids: Collection[int] = (),
     has_mtp: bool = False,
+    keeps_fp8: bool = False,
 ) -> int:
-    """Resident weights of a worker; an attention worker with `expert_ids` holds these experts too (colocated)."""
+    """Resident weights of a worker; an attention worker with `expert_ids` holds these experts too (colocated).
+
+    `keeps_fp8`: whether its kernels read what an FP8 checkpoint holds in FP8 as it is.
+    """
     shapes = tensors_of(config, "attention") if role == "attention" else {}
     if has_mtp and role == "attention":
         modules, copies = tensors_of(config, "mtp").items(), mtp_copies(config)
@@ -94,7 +99,12 @@ def bytes_for_role(
     gates = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp.gate." in name)
     # Each form of attention has kv_b_proj in a layout of its own.
     twice = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("kv_b_proj.weight"))
-    return (count(shapes) - gates + twice) * dtype.itemsize + gates * torch.float32.itemsize
+    whole = (count(shapes) - gates + twice) * dtype.itemsize + gates * torch.float32.itemsize
+    if not (keeps_fp8 and config.quantization):
+        return whole
+    kept = [shape for name, shape in shapes.items() if is_quantised_in_fp8(name) and "kv_b_proj" not in name]
+    scales = sum(math.prod(scale_shape(shape)) for shape in kept)
+    return whole - sum(map(math.prod, kept)) * (dtype.itemsize - 1) + scales * torch.float32.itemsize
 
 
 def check_memory(needed: int, available: int) -> None:

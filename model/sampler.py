@@ -7,8 +7,9 @@ Filters apply in vLLM's order: temperature, min_p, top_k, top_p. Ties rank the l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,19 @@ from torch import Tensor
 from .noise import gumbel_of, random_bits
 from .sampling_params import MAX_LOGPROBS, SamplingParams
 
-__all__ = ["MAX_LOGPROBS", "NothingToSample", "SampledToken", "Sampler", "SamplingParams", "prompt_logprobs", "sample"]
+__all__ = [
+    "MAX_LOGPROBS",
+    "Ask",
+    "NothingToSample",
+    "RowSampler",
+    "SampledToken",
+    "Sampler",
+    "SamplingParams",
+    "prompt_logprobs",
+    "sample",
+    "sampler_for",
+    "with_logprobs",
+]
 
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -43,6 +56,39 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A row that may be sampled, `position` the absolute one that its token takes, `banned` what it must not be."""
+
+    row: int
+    params: SamplingParams
+    position: int
+    banned: Sequence[int] = ()
+
+
+class RowSampler(Protocol):
+    """The tokens that the rows of one pass give."""
+
+    def token(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> SampledToken:
+        """With the log-probabilities that the request asks for. Raises NothingToSample."""
+        ...
+
+    def choose(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> int: ...
+
+    def is_finite(self, row: int) -> bool:
+        """Whether a row that gives nothing has good logits after all: then everything in it is banned."""
+        ...
+
+
+def sampler_for(logits: Tensor, asks: Callable[[], Iterable[Ask]]) -> RowSampler:
+    """logits: [R, vocab] fp32. `asks`: all that may be asked of it, which on a GPU is sampled at once."""
+    if logits.device.type == "cpu":
+        return Sampler(logits)
+    from .device_sampler import DeviceSampler  # triton is installed where torch was built for CUDA only
+
+    return DeviceSampler(logits, asks())
+
+
 class Sampler:
     """The tokens that the rows of one pass give: the greedy choice of all rows at once, the rest as it is asked for."""
 
@@ -60,7 +106,7 @@ class Sampler:
         token_id = self.choose(row, params, position, banned)
         if params.logprobs is None:
             return SampledToken(token_id)
-        return _with_logprobs(self._logits[row], token_id, params.logprobs)
+        return with_logprobs(self._logits[row], token_id, params.logprobs)
 
     def choose(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> int:
         """`position` is the absolute one that the new token takes; `banned` tokens must not be sampled (end tokens
@@ -77,7 +123,6 @@ class Sampler:
         return _sample_row(raw, token_id, params, position) if params.temperature > 0 else token_id
 
     def is_finite(self, row: int) -> bool:
-        """Whether a row that gives nothing has good logits after all: then everything in it is banned."""
         return math.isfinite(self._best[row])
 
 
@@ -103,8 +148,9 @@ def sample(
 def prompt_logprobs(logits: Tensor, targets: Tensor, top: int) -> list[SampledToken]:
     """logits: [N, vocab] fp32 at N prompt positions; targets: [N] int64, the token that follows each one."""
     assert logits.shape[0] == targets.shape[0], (logits.shape, targets.shape)
+    logits = logits.cpu()
     _check_finite(logits.amax(dim=-1), range(logits.shape[0]))
-    return [_with_logprobs(row, int(target), top) for row, target in zip(logits, targets.tolist(), strict=True)]
+    return [with_logprobs(row, int(target), top) for row, target in zip(logits, targets.tolist(), strict=True)]
 
 
 def _check_finite(best: Tensor, positions: Sequence[int]) -> None:
@@ -163,7 +209,7 @@ def _nucleus(scores: Scores, kept: Ids, top_p: float) -> Ids:
         count *= 8
 
 
-def _with_logprobs(logits: Tensor, token_id: int, num_top: int) -> SampledToken:
+def with_logprobs(logits: Tensor, token_id: int, num_top: int) -> SampledToken:
     """logits: [vocab]. One row at a time, so that the bits do not depend on the batch."""
     row = torch.log_softmax(logits.float(), dim=-1)
     logprob = float(row[token_id])

@@ -1,0 +1,50 @@
+"""Brings what the model has computed to the host, which waits only when it reads.
+
+Pinned memory comes from torch's pool, which gives none of it away before the copies to and from it are done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Tensors in host memory, there once `wait` has returned."""
+
+    host: tuple[Tensor, ...]
+    event: torch.cuda.Event | None
+
+    def is_there(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
+
+
+def fetch(*tensors: Tensor) -> Fetched:
+    """Starts copying tensors of one device to the host."""
+    device = tensors[0].device
+    host = tuple(host_memory(tensor.shape, tensor.dtype, device) for tensor in tensors)
+    for memory, tensor in zip(host, tensors, strict=True):
+        memory.copy_(tensor, non_blocking=True)
+    return Fetched(host, recorded(device))
+
+
+def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For copies from and to the device."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def recorded(device: torch.device) -> torch.cuda.Event | None:
+    """An event after all that has been asked of a GPU so far."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
