@@ -2,10 +2,15 @@
 
 Keys are visited in splits of a constant number of absolute positions, in ascending tiles; a second kernel merges the
 splits in ascending order. So a row's bits follow from its own position and its own cache, whoever else is in the batch
-(DESIGN law 5). Rows of one sequence that come together share each tile: their heads lie side by side on wgmma's M.
+(DESIGN law 5). Rows of one sequence that come together may share each tile: their heads lie side by side on wgmma's M.
+
+Which program computes which split is a list in device memory: so a captured graph survives other lengths, and short
+rows cost nothing beside a long one; the programs that find nothing on the list are the last ones and end at once.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,128 +20,246 @@ from torch import Tensor
 SPLIT = 1024  # a deployment's constant: another length rounds otherwise
 KEYS = 64
 LANES = 64  # heads x rows of a tile: wgmma's M, whatever the model's heads, so that one instruction does them all
+MAX_ITEMS = 1024  # (row, split) pairs whose partial results are held at once: 268 MB with 128 heads of 512
+SCAN = 1024
+MERGED_HEADS = 4
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePart:
+    """`items`: int32 [1 + groups * splits]: how many there are, then group * splits + split of each."""
+
+    rows: slice
+    items: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Made once a step, used by every layer. All of it stays where it is when `refresh` follows new positions."""
+
+    positions: Tensor  # int64 [R]
+    block_tables: Tensor  # int64 [R, width]
+    block_size: int
+    queries: int
+    splits: int
+    parts: tuple[DecodePart, ...]
+
+
+@triton.jit
+def list_kernel(
+    position_ptr, item_ptr, R,
+    QUERIES: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS_BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+):  # fmt: skip
+    """One program a group: its splits stand behind those of the groups before it. No atomics: the order is fixed."""
+    mine = tl.program_id(0)
+    before = 0
+    count = 0
+    for start in range(0, (mine + 1) * QUERIES, SCAN):
+        row = start + tl.arange(0, SCAN)
+        last = tl.load(position_ptr + row, mask=row < R, other=-1).to(tl.int32)
+        group = start // QUERIES + tl.arange(0, SCAN // QUERIES)
+        counts = (tl.max(tl.reshape(last, (SCAN // QUERIES, QUERIES)), 1) + SPLIT) // SPLIT
+        before += tl.sum(tl.where(group < mine, counts, 0), 0)
+        count += tl.sum(tl.where(group == mine, counts, 0), 0)
+    split = tl.arange(0, SPLITS_BLOCK)
+    tl.store(item_ptr + 1 + before + split, mine * MAX_SPLITS + split, mask=split < count)
+    if mine == tl.num_programs(0) - 1:
+        tl.store(item_ptr, before + count)
 
 
 @triton.jit
 def attend_tile(q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest, total, sums):
-    """One tile of keys joins the running softmax of every lane; a lane that sees none of it stays as it is."""
-    scores = (tl.dot(q_latent, latent.T) + tl.dot(q_rope, k_rope.T)) * scale_log2
+    """One tile of keys joins the running softmax of every lane; a lane that sees none of it stays as it is.
+
+    The products that are subtracted from are spelled as fma: a compiler's own choice could differ between two places.
+    """
+    scores = tl.dot(q_rope, k_rope.T, tl.dot(q_latent, latent.T))
     scores = tl.where(key[None, :] <= last[:, None], scores, float("-inf"))
     new = tl.maximum(highest, tl.max(scores, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new)  # no inf is taken from an inf
-    keep = tl.exp2(highest - safe)
-    weights = tl.exp2(scores - safe[:, None])
-    total = total * keep + tl.sum(weights, 1)
+    safe = tl.where(new == float("-inf"), 0.0, new * scale_log2)  # no inf is taken from an inf
+    keep = tl.exp2(tl.fma(highest, scale_log2, -safe))
+    weights = tl.exp2(tl.fma(scores, scale_log2, -safe[:, None]))
+    total = tl.fma(total, keep, tl.sum(weights, 1))
     sums = tl.dot(weights.to(latent.dtype), latent, sums * keep[:, None])
     return new, total, sums
 
 
 @triton.jit
 def split_kernel(
-    q_ptr, cache_ptr, table_ptr, position_ptr, partial_ptr, lse_ptr, scale_log2, num_rows, num_blocks,
-    q_row, q_head, table_row, H,
+    q_ptr, cache_ptr, table_ptr, position_ptr, item_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2, num_slots,
+    q_row, q_head, out_row, out_head, table_row, H,
     QUERIES: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    RANK: tl.constexpr, ROPE: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: head tiles (fastest, they share the keys in L2), sequences, splits. QUERIES rows follow one another."""
+    """One program an (item, head tile); those of one item follow one another: they share its keys in L2.
+
+    What lies past the end of a sequence may be NaN, and 0 * NaN is NaN: it is not read. TILED: by tensor descriptors,
+    one of which ends where the sequence does and gives zeros from there on.
+    """
     heads_each: tl.constexpr = LANES // QUERIES
-    first_row = tl.program_id(1) * QUERIES
-    split = tl.program_id(2)
-    lane = tl.arange(0, LANES)
-    row = first_row + lane // heads_each
-    head = tl.program_id(0) * heads_each + lane % heads_each
-    inside = (head < H) & (row < num_rows)
-    last = tl.load(position_ptr + row, mask=inside, other=-1)
-    start = split * SPLIT
-    stop = tl.minimum(tl.max(last, 0) + 1, start + SPLIT)
-    if start < stop:
-        rank = tl.arange(0, RANK)
-        rope = RANK + tl.arange(0, ROPE)
-        query = q_ptr + row.to(tl.int64)[:, None] * q_row + head[:, None] * q_head
-        q_latent = tl.load(query + rank[None, :], mask=inside[:, None], other=0.0)
-        q_rope = tl.load(query + rope[None, :], mask=inside[:, None], other=0.0)
-        shape = num_blocks * BLOCK
-        latents = tl.make_tensor_descriptor(cache_ptr, [shape, RANK + ROPE], [RANK + ROPE, 1], [KEYS, RANK])
-        ropes = tl.make_tensor_descriptor(cache_ptr, [shape, RANK + ROPE], [RANK + ROPE, 1], [KEYS, ROPE])
+    head_tiles = tl.cdiv(H, heads_each)
+    turn = tl.program_id(0)
+    if turn < tl.load(item_ptr) * head_tiles:
+        item = tl.load(item_ptr + 1 + turn // head_tiles)
+        first_row = item // MAX_SPLITS * QUERIES
+        split = item % MAX_SPLITS
+        lane = tl.arange(0, LANES)
+        row = first_row + lane // heads_each
+        head = turn % head_tiles * heads_each + lane % heads_each
+        inside = head < H
+        last = tl.load(position_ptr + row, mask=inside, other=-1).to(tl.int32)
+        longest = tl.max(last, 0)
+        start = split * SPLIT
+        stop = tl.minimum(longest + 1, start + SPLIT)
+        rank = tl.arange(0, RANK_BLOCK)
+        rope = tl.arange(0, ROPE_BLOCK)
+        width: tl.constexpr = RANK + ROPE
+        query = q_ptr + row[:, None] * q_row + head[:, None] * q_head
+        q_latent = tl.load(query + rank[None, :], mask=inside[:, None] & (rank < RANK)[None, :], other=0.0)
+        q_rope = tl.load(query + RANK + rope[None, :], mask=inside[:, None] & (rope < ROPE)[None, :], other=0.0)
         table = table_ptr + first_row.to(tl.int64) * table_row
         highest = tl.full((LANES,), float("-inf"), tl.float32)
         total = tl.zeros((LANES,), tl.float32)
-        sums = tl.zeros((LANES, RANK), tl.float32)
-        whole = start + (stop - start) // KEYS * KEYS
-        for at in range(start, whole, KEYS):
-            place = tl.load(table + at // BLOCK) * BLOCK + at % BLOCK
-            latent = latents.load([place, 0])
-            k_rope = ropes.load([place, RANK])
-            key = at + tl.arange(0, KEYS)
-            highest, total, sums = attend_tile(
-                q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest, total, sums
-            )
-        if whole < stop:  # what lies past the end of the sequence may be NaN, and 0 * NaN is NaN: it is not read
-            key = whole + tl.arange(0, KEYS)
-            place = tl.load(table + whole // BLOCK).to(tl.int64) * BLOCK + key % BLOCK
-            base = cache_ptr + place[:, None] * (RANK + ROPE)
-            latent = tl.load(base + rank[None, :], mask=(key < stop)[:, None], other=0.0)
-            k_rope = tl.load(base + rope[None, :], mask=(key < stop)[:, None], other=0.0)
-            highest, total, sums = attend_tile(
-                q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest, total, sums
-            )
+        sums = tl.zeros((LANES, RANK_BLOCK), tl.float32)
+        if TILED:
+            latents = tl.make_tensor_descriptor(cache_ptr, [num_slots, width], [width, 1], [KEYS, RANK])
+            ropes = tl.make_tensor_descriptor(cache_ptr, [num_slots, width], [width, 1], [KEYS, ROPE])
+            whole = start + (stop - start) // KEYS * KEYS
+            for at in range(start, whole, KEYS):
+                place = (tl.load(table + at // BLOCK) * BLOCK + at % BLOCK).to(tl.int32)
+                latent = latents.load([place, 0])
+                k_rope = ropes.load([place, RANK])
+                key = at + tl.arange(0, KEYS)
+                highest, total, sums = attend_tile(
+                    q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest, total, sums
+                )
+            if whole < stop:
+                base = cache_ptr + (tl.load(table + whole // BLOCK) * BLOCK + whole % BLOCK) * width
+                few_latents = tl.make_tensor_descriptor(base, [stop - whole, width], [width, 1], [KEYS, RANK])
+                few_ropes = tl.make_tensor_descriptor(base, [stop - whole, width], [width, 1], [KEYS, ROPE])
+                latent = few_latents.load([0, 0])
+                k_rope = few_ropes.load([0, RANK])
+                key = whole + tl.arange(0, KEYS)
+                highest, total, sums = attend_tile(
+                    q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest, total, sums
+                )
+        else:
+            for at in range(start, stop, KEYS):
+                key = at + tl.arange(0, KEYS)
+                place = tl.load(table + at // BLOCK) * BLOCK + key % BLOCK
+                base = cache_ptr + place[:, None] * width
+                valid = (key < stop)[:, None]
+                latent = tl.load(base + rank[None, :], mask=valid & (rank < RANK)[None, :], other=0.0)
+                k_rope = tl.load(base + RANK + rope[None, :], mask=valid & (rope < ROPE)[None, :], other=0.0)
+                highest, total, sums = attend_tile(
+                    q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest, total, sums
+                )
         seen = inside & (last >= start)
-        where = (row.to(tl.int64) * H + head) * MAX_SPLITS + split
-        tl.store(partial_ptr + where[:, None] * RANK + rank[None, :], sums / total[:, None], mask=seen[:, None])
-        tl.store(lse_ptr + where, highest + tl.log2(total), mask=seen)
+        mask = seen[:, None] & (rank < RANK)[None, :]
+        total = tl.where(seen, total, 1.0)
+        sums = sums * (1.0 / total)[:, None]
+        if longest < SPLIT:  # nothing to merge
+            to = out_ptr + (row * out_row + head * out_head)[:, None] + rank[None, :]
+            tl.store(to, sums.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            where = (row * H + head) * MAX_SPLITS + split
+            tl.store(partial_ptr + (where * RANK)[:, None] + rank[None, :], sums, mask=mask)
+            tl.store(lse_ptr + where, tl.fma(highest, scale_log2, tl.log2(total)), mask=seen)
 
 
 @triton.jit
 def merge_kernel(
     partial_ptr, lse_ptr, position_ptr, out_ptr, out_row, out_head, H,
-    SPLIT: tl.constexpr, RANK: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    QUERIES: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    rank = tl.arange(0, RANK)
-    highest = float("-inf")
-    total = 0.0
-    sums = tl.zeros((RANK,), tl.float32)
-    for split in range(tl.load(position_ptr + row) // SPLIT + 1):  # ascending, always
-        where = (row * H + head) * MAX_SPLITS + split
-        lse = tl.load(lse_ptr + where)
-        new = tl.maximum(highest, lse)
-        keep = tl.exp2(highest - new)
-        weight = tl.exp2(lse - new)
-        sums = sums * keep + weight * tl.load(partial_ptr + where * RANK + rank)
-        total = total * keep + weight
-        highest = new
-    tl.store(out_ptr + row * out_row + head * out_head + rank, (sums / total).to(out_ptr.dtype.element_ty))
+    longest = tl.max(tl.load(position_ptr + row // QUERIES * QUERIES + tl.arange(0, QUERIES)), 0)
+    last = tl.load(position_ptr + row)
+    if (longest >= SPLIT) & (last >= 0):
+        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        rank = tl.arange(0, RANK_BLOCK)
+        mask = (head < H)[:, None] & (rank < RANK)[None, :]
+        highest = tl.full((HEADS,), float("-inf"), tl.float32)
+        total = tl.zeros((HEADS,), tl.float32)
+        sums = tl.zeros((HEADS, RANK_BLOCK), tl.float32)
+        for split in range(0, (last // SPLIT + 1).to(tl.int32)):  # ascending, always
+            where = (row * H + head) * MAX_SPLITS + split
+            lse = tl.load(lse_ptr + where, mask=head < H, other=0.0)
+            new = tl.maximum(highest, lse)
+            keep = tl.exp2(highest - new)
+            weight = tl.exp2(lse - new)
+            part = tl.load(partial_ptr + where[:, None] * RANK + rank[None, :], mask=mask, other=0.0)
+            sums = tl.fma(part, weight[:, None], sums * keep[:, None])
+            total = tl.fma(total, keep, weight)
+            highest = new
+        to = out_ptr + row * out_row + head[:, None] * out_head + rank[None, :]
+        tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def plan_decode(positions: Tensor, block_tables: Tensor, block_size: int, queries: int = 1) -> DecodePlan:
+    """positions: int64 [R], each row sees keys 0 .. position of its sequence (-1: none, its result is left alone);
+    block_tables: int64 [R, width], filled up with any block. Both are read again by every use of the plan.
+
+    `queries`: so many consecutive rows belong to one sequence; a power of two that divides R. The bits are the same.
+    """
+    rows, width = block_tables.shape
+    assert block_size % KEYS == 0, f"a block of {block_size} tokens is not made of tiles of {KEYS}"
+    assert rows % queries == 0, f"{rows} rows are not made of groups of {queries}"
+    splits = max(triton.cdiv(width * block_size, SPLIT), 1)
+    each = max(MAX_ITEMS // splits // queries, 1) * queries
+    parts = []
+    for first in range(0, rows, each):
+        part = slice(first, min(first + each, rows))
+        num_items = (part.stop - first) // queries * splits
+        parts.append(DecodePart(part, torch.empty(1 + num_items, dtype=torch.int32, device=positions.device)))
+    plan = DecodePlan(positions, block_tables, block_size, queries, splits, tuple(parts))
+    refresh(plan)
+    return plan
+
+
+def refresh(plan: DecodePlan) -> None:
+    """Lists the work anew after `positions` changed; once a step, before the first layer."""
+    for part in plan.parts:
+        rows = part.rows.stop - part.rows.start
+        list_kernel[(rows // plan.queries,)](
+            plan.positions[part.rows], part.items, rows, QUERIES=plan.queries, SPLIT=SPLIT, MAX_SPLITS=plan.splits,
+            SPLITS_BLOCK=triton.next_power_of_2(plan.splits), SCAN=SCAN, num_warps=4,
+        )  # fmt: skip
 
 
 def mla_decode(
-    q: Tensor, cache_layer: Tensor, positions: Tensor, block_tables: Tensor, softmax_scale: float, kv_lora_rank: int,
-    queries: int = 1, max_length: int | None = None, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """q: bf16 [R, heads, rank + rope], cache_layer: [blocks, block_size, rank + rope], positions: int32 [R], each row
-    sees keys 0 .. position, block_tables: int32 [R, width] -> attended latents [R, heads, rank].
-
-    `queries`: so many consecutive rows belong to one sequence and share its table; a power of two that divides R.
-    `max_length` bounds position + 1 (default: what the tables can hold); a captured graph keeps it.
-    """
-    rows, heads, width = q.shape
-    num_blocks, block_size, _ = cache_layer.shape
-    assert block_size % KEYS == 0, f"a block of {block_size} tokens is not made of tiles of {KEYS}"
-    assert rows % queries == 0, f"{rows} rows are not made of groups of {queries}"
-    splits = triton.cdiv(max_length or block_tables.shape[1] * block_size, SPLIT)
-    out = q.new_empty(rows, heads, kv_lora_rank) if out is None else out
-    if rows == 0:
-        return out
-    partial = torch.empty(rows, heads, splits, kv_lora_rank, device=q.device)
-    lse = torch.empty(rows, heads, splits, device=q.device)
-    split_kernel[(triton.cdiv(heads, LANES // queries), rows // queries, splits)](
-        q, cache_layer, block_tables, positions, partial, lse, softmax_scale * 1.4426950408889634, rows, num_blocks,
-        q.stride(0), q.stride(1), block_tables.stride(0), heads,
-        QUERIES=queries, LANES=LANES, KEYS=KEYS, BLOCK=block_size, SPLIT=SPLIT, RANK=kv_lora_rank,
-        ROPE=width - kv_lora_rank, MAX_SPLITS=splits, num_warps=8, num_stages=2,
-    )  # fmt: skip
-    merge_kernel[(rows, heads)](
-        partial, lse, positions, out, out.stride(0), out.stride(1), heads,
-        SPLIT=SPLIT, RANK=kv_lora_rank, MAX_SPLITS=splits, num_warps=4,
-    )  # fmt: skip
+    q: Tensor, cache_layer: Tensor, plan: DecodePlan, softmax_scale: float, kv_lora_rank: int, out: Tensor | None = None
+) -> Tensor:
+    """q: bf16 [R, heads, rank + rope], absorbed; cache_layer: bf16 [blocks, block_size, rank + rope] -> attended
+    latents [R, heads, rank]. What the cache holds past a row's position is not read."""
+    (rows, heads, width), rank = q.shape, kv_lora_rank
+    rope, queries, splits = width - rank, plan.queries, plan.splits
+    assert rows == len(plan.positions), f"{rows} rows for a plan of {len(plan.positions)}"
+    assert cache_layer.is_contiguous(), f"cache rows lie one after another, not {cache_layer.stride()} apart"
+    out = q.new_empty(rows, heads, rank) if out is None else out
+    most = max((part.rows.stop - part.rows.start for part in plan.parts), default=0)
+    needs_merge = splits > 1
+    partial = torch.empty(most * heads * splits * rank if needs_merge else 0, device=q.device)
+    lse = torch.empty(most * heads * splits if needs_merge else 0, device=q.device)
+    rank_block, rope_block = max(triton.next_power_of_2(rank), 16), max(triton.next_power_of_2(rope), 16)
+    head_tiles = triton.cdiv(heads, LANES // queries)
+    for part in plan.parts:
+        positions, tables = plan.positions[part.rows], plan.block_tables[part.rows]
+        to, num_rows = out[part.rows], part.rows.stop - part.rows.start
+        split_kernel[((len(part.items) - 1) * head_tiles,)](
+            q[part.rows], cache_layer, tables, positions, part.items, partial, lse, to, softmax_scale * LOG2_E,
+            cache_layer.shape[0] * plan.block_size, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            tables.stride(0), heads, QUERIES=queries, LANES=LANES, KEYS=KEYS, BLOCK=plan.block_size, SPLIT=SPLIT,
+            RANK=rank, ROPE=rope, RANK_BLOCK=rank_block, ROPE_BLOCK=rope_block, MAX_SPLITS=splits,
+            TILED=rank == rank_block and rope == rope_block, num_warps=8, num_stages=2,
+        )  # fmt: skip
+        if needs_merge:
+            merge_kernel[(num_rows, triton.cdiv(heads, MERGED_HEADS))](
+                partial, lse, positions, to, out.stride(0), out.stride(1), heads, QUERIES=queries, SPLIT=SPLIT,
+                RANK=rank, RANK_BLOCK=rank_block, MAX_SPLITS=splits, HEADS=MERGED_HEADS, num_warps=4,
+            )  # fmt: skip
     return out
