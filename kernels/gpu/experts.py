@@ -2,14 +2,13 @@
 
 `w13` holds the gate's rows first, then the up's. A program owns 128 columns of the inner width: it computes both
 halves, applies SwiGLU and quantises what it holds, as 128 columns are one group of the next product: the [rows, 2I]
-between the two never meets memory. Weights come by the tensor memory accelerator, 34 KB a step and three steps ahead, so
-that two programs an SM keep some 130 KB in flight; scales are fetched a step ahead. Column tiles are fastest: an
+between the two never meets memory. Weights come by the tensor memory accelerator, 34 KB a step, so that two programs an
+SM keep some 130 KB in flight; scales are fetched a step ahead. Column tiles are fastest: an
 expert's programs run side by side, and the token tiles of a busy expert meet its weights in L2.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -113,7 +112,7 @@ def grouped_mlp_fp8(
     x: [n, H], row_of_pair: integers [P], w13: e4m3 [E, 2I, H], its scales fp32 [E, 2I/128, ceil(H/128)], w2: e4m3
     [E, H, I], its scales [E, ceil(H/128), I/128], out: [P, H]. ValueError where I is no multiple of 128, or H of 16.
     """
-    experts, double_inner, hidden = w13.shape
+    _, double_inner, hidden = w13.shape
     inner = double_inner // 2
     if inner % GROUP:
         raise ValueError(

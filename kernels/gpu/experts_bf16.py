@@ -76,7 +76,10 @@ def w2_bf16_kernel(
 def grouped_mlp_bf16(
     x: Tensor, row_of_pair: Tensor, index: DispatchIndex, w13: Tensor, w2: Tensor, out: Tensor
 ) -> Tensor:
-    """As grouped_mlp_fp8, of any size. x: bf16 [n, H] (rows may be strided), w13: bf16 [E, 2I, H], w2: bf16 [E, H, I]."""
+    """As grouped_mlp_fp8, of any size.
+
+    x: bf16 [n, H] (rows may be strided), w13: bf16 [E, 2I, H], w2: bf16 [E, H, I], out: [P, H].
+    """
     _, double_inner, hidden = w13.shape
     inner_width = double_inner // 2
     tiles = index.tile_expert.shape[0]

@@ -2,7 +2,7 @@
 
 Stable and without atomics in what decides a place: within an expert the pairs stand in their order, so two runs lay out
 alike. One launch, a program an expert: each counts all pairs by expert, then places its own. Tiles of up to `tile` rows
-never cross from one expert to the next; nothing here has a shape that the load decides, so a captured graph survives it.
+never cross from one expert to the next; no shape depends on who goes where, so a captured graph survives it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def index_kernel(
     if expert == 0:
         for start in range(0, num_tiles, EXPERTS):
             empty = start + every
-            tl.store(tile_rows_ptr + empty, tl.zeros_like(every), mask=(empty >= tl.sum(tiles, 0)) & (empty < num_tiles))
+            tl.store(
+                tile_rows_ptr + empty, tl.zeros_like(every), mask=(empty >= tl.sum(tiles, 0)) & (empty < num_tiles)
+            )
 
 
 def max_tiles(num_pairs: int, num_experts: int, tile: int) -> int:

@@ -16,7 +16,7 @@ from .scales import E4M3, GROUP, group_codes, group_scale, num_groups
 
 
 class Quantised(NamedTuple):
-    """codes: e4m3 [M, K], contiguous; scales: fp32 [ceil(K / 128), M], a group's side by side as the products read them."""
+    """codes: e4m3 [M, K], contiguous; scales: fp32 [ceil(K / 128), M], a group's side by side as products read them."""
 
     codes: Tensor
     scales: Tensor
@@ -74,14 +74,14 @@ def add_rms_norm_quantised(
     to: Quantised | None = None,
 ) -> Quantised:  # fmt: skip
     """The same, quantised; `out` receives the norm as it is too (the gate reads it)."""
-    to = empty_quantised(*x.shape, x.device) if to is None else to
+    to = empty_quantised(x.shape[0], x.shape[1], x.device) if to is None else to
     _launch(x, delta, weight, eps, out, to, ue8m0)
     return to
 
 
 def quantise(x: Tensor, ue8m0: bool, to: Quantised | None = None) -> Quantised:
     """[M, K] (rows may be strided) -> its codes and scales; `ue8m0`: scales are powers of two."""
-    to = empty_quantised(*x.shape, x.device) if to is None else to
+    to = empty_quantised(x.shape[0], x.shape[1], x.device) if to is None else to
     _launch(x, None, None, 0.0, None, to, ue8m0)
     return to
 

@@ -1,8 +1,8 @@
 """How a dense product is cut into programs, and the kernel that adds up its parts.
 
 A matrix of few outputs has too few tiles to keep 132 SMs reading (DeepSeek-V3's 2112 x 7168: 33 of 64 outputs), so its
-sum over K is cut as well. Into how many parts, and where, the weight's shape alone decides; parts are added in ascending
-order, in a second launch where few rows leave SMs idle, in the program's registers where they do not. So a row has the
+sum over K is cut as well. Into how many parts, and where, the weight's shape alone decides. They are added in ascending
+order: in a second launch where few rows leave SMs idle, in the program's registers where they do not. So a row has the
 same bits either way (law 5), and so it has whatever the tiles: these may follow the load.
 """
 

@@ -21,7 +21,8 @@ def block_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[.., N, K] -> e4m3 and a scale for each block of 128 x 128."""
     outputs, inputs = weight.shape[-2:]
     padded = torch.nn.functional.pad(weight, (0, -inputs % 128, 0, -outputs % 128))
-    blocks = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
+    shape = *padded.shape[:-2], padded.shape[-2] // 128, 128, padded.shape[-1] // 128, 128
+    blocks = padded.view(shape)
     scales = blocks.abs().amax((-1, -3)) / 448
     codes = (blocks / scales[..., None, :, None]).flatten(-2).flatten(-3, -2)[..., :outputs, :inputs]
     return codes.contiguous().to(torch.float8_e4m3fn), scales
@@ -60,7 +61,8 @@ def test_bf16_experts_of_any_size(load: str, sizes: tuple[int, int]) -> None:
     for tile in (16, 64):
         memory = torch.full((len(chosen), hidden + 8), float("nan")).bfloat16()
         outs.append(grouped_mlp_bf16(x, row_of_pair, dispatch_index(chosen, E, tile), w13, w2, memory[:, :hidden]))
-        assert memory[chosen < 0].isnan().all() and memory[:, hidden:].isnan().all()
+        assert memory[chosen < 0].isnan().all()
+        assert memory[:, hidden:].isnan().all()
     ours = (chosen >= 0).nonzero().flatten()
     assert torch.equal(outs[0][ours], outs[1][ours])
     for pair in ours.tolist():
@@ -82,10 +84,9 @@ def test_fp8_experts(load: str, ue8m0: bool) -> None:
     for tile in (16, 64):
         memory = torch.full((len(chosen), hidden + 8), float("nan")).bfloat16()
         found = dispatch_index(chosen, E, tile)
-        outs.append(
-            grouped_mlp_fp8(x, row_of_pair, found, w13, w13_scale, w2, w2_scale, ue8m0, memory[:, :hidden])
-        )
-        assert memory[chosen < 0].isnan().all() and memory[:, hidden:].isnan().all()
+        outs.append(grouped_mlp_fp8(x, row_of_pair, found, w13, w13_scale, w2, w2_scale, ue8m0, memory[:, :hidden]))
+        assert memory[chosen < 0].isnan().all()
+        assert memory[:, hidden:].isnan().all()
     ours = (chosen >= 0).nonzero().flatten()
     assert torch.equal(outs[0][ours], outs[1][ours])
     for pair in ours.tolist():
@@ -118,10 +119,8 @@ def test_experts_that_fp8_does_not_fit_are_refused() -> None:
     x, chosen = quantise(torch.zeros(1, 128).bfloat16(), ue8m0=False), torch.zeros(1, dtype=torch.int64)
     w13, w13_scale = block_fp8(torch.ones(1, 128, 128))
     w2, w2_scale = block_fp8(torch.ones(1, 128, 64))
-    with pytest.raises(ValueError, match="64 inner columns.*keep these experts in bfloat16"):
-        grouped_mlp_fp8(
-            x, chosen, dispatch_index(chosen, 1), w13, w13_scale, w2, w2_scale, False, torch.zeros(1, 128)
-        )
+    with pytest.raises(ValueError, match=r"64 inner columns.*keep these experts in bfloat16"):
+        grouped_mlp_fp8(x, chosen, dispatch_index(chosen, 1), w13, w13_scale, w2, w2_scale, False, torch.zeros(1, 128))
 
 
 @pytest.mark.parametrize("hidden", [144, 1024])  # without and with a sum over K in parts
@@ -133,13 +132,12 @@ def test_dense_mlps(hidden: int) -> None:
     memory = torch.full((rows + 1, hidden + 8), float("nan")).bfloat16()
     mlp.swiglu_mlp_bf16(x, w13.bfloat16(), w2.bfloat16(), out=memory[:rows, :hidden])
     assert_near(memory[:rows, :hidden], expected_row(x.double(), w13.bfloat16().double(), w2.bfloat16().double()), 0.01)
-    assert memory[rows].isnan().all() and memory[:, hidden:].isnan().all()
+    assert memory[rows].isnan().all()
+    assert memory[:, hidden:].isnan().all()
 
     codes, (w13_codes, w13_scale), (w2_codes, w2_scale) = quantise(x, ue8m0=False), block_fp8(w13), block_fp8(w2)
     out = mlp.swiglu_mlp_fp8(codes, w13_codes, w13_scale, w2_codes, w2_scale, ue8m0=False)
     first, second = wide_weight(w13_codes, w13_scale), wide_weight(w2_codes, w2_scale)
     assert_near(out, expected_row(wide(codes), first, second), 0.05)
-    alone = mlp.swiglu_mlp_fp8(
-        quantise(x[2:3], ue8m0=False), w13_codes, w13_scale, w2_codes, w2_scale, ue8m0=False
-    )
+    alone = mlp.swiglu_mlp_fp8(quantise(x[2:3], ue8m0=False), w13_codes, w13_scale, w2_codes, w2_scale, ue8m0=False)
     assert torch.equal(alone[0], out[2])

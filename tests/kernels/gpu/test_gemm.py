@@ -38,12 +38,13 @@ def test_fp8_agrees_and_writes_its_rows_only(rows: int, inputs: int, outputs: in
     memory = torch.full((rows + 1, outputs + 8), float("nan")).bfloat16()
     gemm.linear_fp8(x, weight, scales, bias, out=memory[:rows, :outputs])
     assert_near(memory[:rows, :outputs], wide(x) @ wide_weight(weight, scales).T + bias.double())
-    assert memory[rows].isnan().all() and memory[:, outputs:].isnan().all()
+    assert memory[rows].isnan().all()
+    assert memory[:, outputs:].isnan().all()
 
 
 def test_fp8_of_an_odd_depth_is_refused() -> None:
     x = Quantised(torch.zeros(2, 72).to(torch.float8_e4m3fn), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="72 columns.*keep this matrix in bfloat16"):
+    with pytest.raises(ValueError, match=r"72 columns.*keep this matrix in bfloat16"):
         gemm.linear_fp8(x, torch.zeros(64, 72).to(torch.float8_e4m3fn), torch.ones(1, 1))
 
 
@@ -81,7 +82,8 @@ def test_bf16_agrees_in_any_size_and_dtype(rows: int, inputs: int, outputs: int)
     memory = torch.full((rows + 1, outputs + 8), float("nan"))
     gemm.linear_bf16(x, weight, bias, out=memory[:rows, :outputs])
     assert_near(memory[:rows, :outputs], expected, 1e-5)
-    assert memory[rows].isnan().all() and memory[:, outputs:].isnan().all()
+    assert memory[rows].isnan().all()
+    assert memory[:, outputs:].isnan().all()
     assert_near(gemm.linear_bf16(x, weight, bias), expected)
 
 
@@ -127,5 +129,6 @@ def test_heads_of_any_strides(is_view: bool) -> None:
     heads.head_linear(x, weights, out=memory[:, :heads_, :outputs])
     expected = torch.einsum("mhk,hnk->mhn", x.double(), weights.double())
     assert_near(memory[:, :heads_, :outputs], expected)
-    assert memory[:, heads_].isnan().all() and memory[:, :, outputs:].isnan().all()
+    assert memory[:, heads_].isnan().all()
+    assert memory[:, :, outputs:].isnan().all()
     assert torch.equal(heads.head_linear(x[2:3], weights)[0], memory[2, :heads_, :outputs])

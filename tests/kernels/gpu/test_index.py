@@ -27,18 +27,18 @@ def test_pairs_stand_expert_by_expert_in_their_order(load: str, tile: int, dtype
     expected = [(chosen == expert).nonzero().flatten().tolist() for expert in range(E)]
     flat = [pair for pairs in expected for pair in pairs]
     assert found.pair_of_row[: len(flat)].tolist() == flat
-    assert found.tile == tile and len(found.tile_rows) == index.max_tiles(len(chosen), E, tile)
-    assert rows_of_tiles(found) == [
-        (expert, at) for expert, pairs in enumerate(expected) for at in range(len(pairs))
-    ]
+    assert found.tile == tile
+    assert len(found.tile_rows) == index.max_tiles(len(chosen), E, tile)
+    assert rows_of_tiles(found) == [(expert, at) for expert, pairs in enumerate(expected) for at in range(len(pairs))]
     used = sum(-(-len(pairs) // tile) for pairs in expected)
     assert (found.tile_rows[used:] == 0).all()
 
 
 def rows_of_tiles(found: index.DispatchIndex) -> list[tuple[int, int]]:
     """(expert, place within its rows) of every row that a tile covers, in the tiles' order."""
-    rows, firsts = [], {}
-    for expert, row, num in zip(*(part.tolist() for part in (found.tile_expert, found.tile_row, found.tile_rows))):
+    rows: list[tuple[int, int]] = []
+    firsts: dict[int, int] = {}
+    for expert, row, num in torch.stack(found[1:4]).t().tolist():
         if num:
             first = firsts.setdefault(expert, row)
             rows += [(expert, row - first + place) for place in range(num)]
@@ -62,5 +62,7 @@ def index_into(memory: Tensor, chosen: Tensor, found: index.DispatchIndex) -> No
 
 def test_the_tile_fits_the_mean_load() -> None:
     assert [index.row_tile(pairs, 8) for pairs in (1, 128, 129, 256, 257, 4096)] == [16, 16, 32, 32, 64, 64]
-    assert index.max_tiles(0, 8, 16) == 0 and len(index.dispatch_index(torch.zeros(0), 8).tile_rows) == 0
-    assert index.max_tiles(8, 8, 16) == 8 and index.max_tiles(17, 1, 16) == 2
+    assert index.max_tiles(0, 8, 16) == 0
+    assert len(index.dispatch_index(torch.zeros(0), 8).tile_rows) == 0
+    assert index.max_tiles(8, 8, 16) == 8
+    assert index.max_tiles(17, 1, 16) == 2

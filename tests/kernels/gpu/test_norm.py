@@ -27,9 +27,11 @@ def test_the_residual_sum_is_rounded_before_it_is_normed(columns: int) -> None:
     total = (x.double() + delta.double()).bfloat16()
     weight, out = torch.rand(columns).bfloat16(), torch.full((6, columns + 8), float("nan")).bfloat16()
     norm.add_rms_norm(x, delta, weight, 1e-6, out=out[:5, :columns])
-    assert torch.equal(x, total) and stream[:, columns:].isnan().all()
+    assert torch.equal(x, total)
+    assert stream[:, columns:].isnan().all()
     torch.testing.assert_close(out[:5, :columns].double(), expected_norm(total, weight), rtol=2e-2, atol=1e-6)
-    assert out[5].isnan().all() and out[:, columns:].isnan().all()
+    assert out[5].isnan().all()
+    assert out[:, columns:].isnan().all()
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
@@ -39,17 +41,18 @@ def test_the_norm_is_quantised_and_kept(ue8m0: bool) -> None:
     out, before = torch.empty_like(x), x.clone()
     codes, scales = torch.zeros(4, 272).to(E4M3), torch.full((4, 9), float("nan"))
     codes.view(torch.uint8).fill_(0x7F)  # not a number
-    to = norm.add_rms_norm_quantised(
-        x, None, weight, 1e-6, ue8m0, out, norm.Quantised(codes[:3], scales[:3, :3])
-    )
+    to = norm.add_rms_norm_quantised(x, None, weight, 1e-6, ue8m0, out, norm.Quantised(codes[:3], scales[:3, :3]))
     assert torch.equal(x, before)
     assert torch.equal(out, norm.add_rms_norm(x, None, weight, 1e-6))
     again = norm.quantise(out, ue8m0)
     assert torch.equal(again.codes.view(torch.uint8), to.codes.view(torch.uint8))
     assert torch.equal(again.scales, to.scales)
-    assert codes[3].float().isnan().all() and scales[3].isnan().all() and scales[:, 3:].isnan().all()
-    groups = out.double().split(128, dim=1)
-    for group, values in enumerate(groups):  # half of a code's last place, in units of the group's scale
+    assert codes[3].float().isnan().all()
+    assert scales[3].isnan().all()
+    assert scales[:, 3:].isnan().all()
+    for group, values in enumerate(
+        torch.split(out.double(), 128, dim=1)
+    ):  # half of a code's last place, in units of the group's scale
         error = (dequantised(to)[:, group * 128 :][:, :128] - values).abs().amax(1)
         assert (error <= 16.001 * to.scales[group].double()).all(), error / to.scales[group]
 
