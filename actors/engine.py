@@ -13,6 +13,7 @@ import torch
 from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, Segment
 from ..model.sampler import Ask, NothingToSample, RowSampler, SampledToken, prompt_logprobs, sampler_for
+from .ahead import Ahead, look_ahead
 from .drafter import Computed, Drafter, ExpertSide
 from .overlap import Overlap
 from .requests import Requests, wire_logprob
@@ -40,26 +41,46 @@ class Engine:
         self.forward_s = 0.0  # in the network, the wait for expert rows among it
         self.host_s = 0.0  # the rest of the steps that had something to run
         self.overlap = Overlap()
+        self._running: Plan = []  # until what comes after it has been planned
+        self._ahead: Ahead | None = None
 
     def step(self) -> bool:
         """Runs one batch. False when there was nothing to run.
 
-        What came of it leaves at once, or, where experts are remote, when the next batch's rows are away at them.
+        What came of it leaves at once, or, where a step leaves the host time, in the middle of the next one.
         """
         started, forward_s = time.perf_counter(), self.forward_s
         self.requests.expire()
-        plan = self.scheduler.plan()
+        plan, batch = self._next_batch()
         if plan:
-            self._run(plan)
-        if not plan or not self.experts.has_waits:
+            self._run(plan, batch)
+        if not plan or not self._has_time:
             self.requests.peers.flush()
         if plan:
             self.host_s += time.perf_counter() - started - (self.forward_s - forward_s)
         return bool(plan)
 
-    def _run(self, plan: Plan) -> None:
+    @property
+    def _has_time(self) -> bool:
+        """Whether a step leaves the host time: while rows are away at the experts, or while the device computes."""
+        return self.experts.has_waits or self.requests.cache.layers[0].is_cuda
+
+    def meanwhile(self) -> None:
+        """What need not be done between two steps: telling what the last one brought, and planning the next one."""
+        self.requests.peers.flush()
+        if self._running:
+            self._ahead, self._running = look_ahead(self.scheduler, self._running), []
+
+    def _next_batch(self) -> tuple[Plan, Batch]:
+        ahead, self._ahead = self._ahead, None
+        wants_hidden = self.drafter is not None
+        if ahead is not None and ahead.holds(self.scheduler):
+            return ahead.plan, ahead.batch(wants_hidden)
+        plan = self.scheduler.plan()
+        return plan, _batch_of(plan, wants_hidden)
+
+    def _run(self, plan: Plan, batch: Batch) -> None:
         started = time.perf_counter()
-        batch = _batch_of(plan, wants_hidden=self.drafter is not None)
         prompts = [chunk for chunk in plan if not chunk.absorbed]
         now = time.time_ns()
         for chunk in prompts:
@@ -68,10 +89,13 @@ class Engine:
         on_layer = self.requests.layer_sender(plan)
         phase, num_rows, waited = self.experts.phase, len(batch.token_ids), self.experts.wait_s
         count = self.overlap.choose(phase, num_rows)
-        begun = time.perf_counter()
+        begun, self._running = time.perf_counter(), plan
         try:
             output = self.model.forward(batch, on_layer, count)
+            if output.logits.is_cuda:
+                self.meanwhile()
         finally:
+            self._running = []
             lost_rows = self.experts.take_failed()  # rows of this batch: none may be left for the next one
         self.forward_s += time.perf_counter() - begun
         self.overlap.observe(phase, num_rows, count, time.perf_counter() - started, self.experts.wait_s - waited)

@@ -3,6 +3,7 @@
 A sequence takes blocks as it grows. When none is left, the running sequence of the lowest priority, and of these the
 newest, is preempted: it gives up its blocks, waits ahead of everything of its priority, and is replayed from its
 tokens, to the same bits: the prompt in the MHA form, what it had generated in the absorbed form (DESIGN law 5).
+The same happens to it when one of better priority finds no place and no blocks.
 The oldest sequence of the highest priority is never a victim, so it always comes to its end.
 """
 
@@ -17,7 +18,7 @@ from ..router.fair_queue import FairQueue
 from ..router.prefix_keys import prefix_keys
 from .sequence import Sequence
 
-MIXED_SHARE = 8  # while sequences decode, prompts get one part in so many of a step's rows: no token waits long
+LEAST_SHARE, LARGEST_SHARE = 1 / 8, 1 / 2  # of a step's rows, for prompts while sequences decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,14 @@ class Scheduler:
 
         `cached_tokens` of the prompt are here already. Whoever was preempted here comes before newcomers.
         """
-        is_replay_due = any(waiting.num_generated for waiting in self.waiting)
-        if is_replay_due or self._num_decoders >= self.max_sequences or not self._could_fit(sequence):
+        is_replay_due = any(s.num_generated and s.priority <= sequence.priority for s in self.waiting)
+        if is_replay_due or not self._could_fit(sequence):
             return False
-        if not self._allocate(sequence, self._keys(sequence)):
-            return False
+        worse = self._worse_than(sequence)
+        while not self._take_place(sequence, self._keys(sequence)):
+            if not worse:
+                return False
+            self._preempt(worse.pop())
         self._enter(sequence)
         sequence.state = "receiving"
         self.receiving.append(sequence)
@@ -113,6 +117,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Decodes first, then prompts: a better priority before older ones, callers in turn."""
         self._grow()
+        self._make_way()
         budget = self.max_batch_tokens - len(self.decoding)
         known_rows = self._known_rows(budget)
         chunks: Plan = []
@@ -126,10 +131,24 @@ class Scheduler:
         return chunks + self._prompt_chunks(min(known_rows, budget))
 
     def _known_rows(self, budget: int) -> int:
-        """How many rows of prompts and replays a step may have beside one row for each decoding sequence."""
-        if any(sequence.num_computed + 1 == len(sequence.tokens) for sequence in self.decoding):
-            return min(budget, max(self.max_batch_tokens // MIXED_SHARE, BLOCK_SIZE))
-        return budget
+        """How many rows of prompts and replays a step may have beside one row for each decoding sequence.
+
+        As large a share as those who could have rows are among all who want a token: where many prompts come at once
+        most of those waiting wait for their first one, and few large steps bring them it sooner than many small ones.
+        At most half of them all the same, so that the time between two tokens stays within what half a batch takes.
+        """
+        num_running = sum(sequence.num_computed + 1 == len(sequence.tokens) for sequence in self.decoding)
+        if not num_running:
+            return budget
+        num_places = self.max_sequences - self._num_decoders
+        num_replaying = len(self.decoding) - num_running
+        num_waiting = len(self._begun()) + min(len(self.waiting), num_places) + num_replaying
+        share = min(max(num_waiting / (num_waiting + num_running), LEAST_SHARE), LARGEST_SHARE)
+        return min(budget, max(int(share * self.max_batch_tokens), BLOCK_SIZE))
+
+    def _begun(self) -> list[Sequence]:
+        """Prompts in the middle of being computed, the best placed first."""
+        return sorted((s for s in self.prefilling if s.state == "prefill"), key=_rank)
 
     def _extended(self, chunk: Chunk, max_known: int, max_drafts: int) -> Chunk:
         """In a replay, as many more of the known rows as there is room for; else the drafts after the newest token."""
@@ -137,14 +156,14 @@ class Scheduler:
         if not chunk.is_last:
             return replace(chunk, num=min(length - chunk.start, 1 + max_known))
         wanted = max(min(len(sequence.drafts), max_drafts, sequence.max_length - length), 0)
-        if not _reaches(sequence, length + wanted) and self.allocator.num_free:
+        if not reaches(sequence, length + wanted) and self.allocator.num_free:
             sequence.block_table += self.allocator.allocate(1)
         fitting = min(wanted, len(sequence.block_table) * BLOCK_SIZE - length)
         return replace(chunk, drafts=tuple(sequence.drafts[:fitting]))
 
     def _prompt_chunks(self, budget: int) -> Plan:
         """Rows go to the prompt with least left, so that none waits behind a long one; half of them to the oldest."""
-        begun = sorted((s for s in self.prefilling if s.state == "prefill"), key=_rank)
+        begun = self._begun()
         rows = {sequence: min(budget // 2, _left(sequence)) for sequence in begun[:1]}
         budget -= sum(rows.values())
         shortest = deque(sorted(begun, key=_urgency))
@@ -164,11 +183,9 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """The head of the queue gets its blocks; one that does not fit yet keeps its place, and no other overtakes."""
-        if not sequence.target and self._num_decoders >= self.max_sequences:
-            return False
         is_scored = sequence.params.prompt_logprobs is not None and not sequence.num_generated
         keys = [] if is_scored else self._keys(sequence)[: (sequence.num_prompt - 1) // BLOCK_SIZE]
-        if not self._allocate(sequence, keys):
+        if not self._take_place(sequence, keys):
             return False
         if not sequence.num_generated:
             self.counters["prefix_query_tokens"] += sequence.num_prompt
@@ -177,6 +194,15 @@ class Scheduler:
         sequence.state = "prefill"
         self.prefilling.append(sequence)
         return True
+
+    @property
+    def has_prompts_to_run(self) -> bool:
+        """Whether the next step may have rows of prompts, or preempts somebody for the sake of one."""
+        head = self.waiting.peek()
+        return bool(self._begun()) or (head is not None and (self._has_place(head) or bool(self._worse_than(head))))
+
+    def _has_place(self, sequence: Sequence) -> bool:
+        return bool(sequence.target) or self._num_decoders < self.max_sequences
 
     @property
     def _num_decoders(self) -> int:
@@ -211,13 +237,28 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Gives every decoding sequence room for its newest token, the best placed first."""
-        full = [sequence for sequence in self.decoding if not _reaches(sequence, len(sequence.tokens))]
+        full = [sequence for sequence in self.decoding if not reaches(sequence, len(sequence.tokens))]
         for sequence in sorted(full, key=_rank):
-            while sequence.state == "decode" and not _reaches(sequence, len(sequence.tokens)):
+            while sequence.state == "decode" and not reaches(sequence, len(sequence.tokens)):
                 if self.allocator.num_free:
                     sequence.block_table += self.allocator.allocate(1)
                 else:
                     self._preempt(max(self._victims(), key=_rank))
+
+    def _make_way(self) -> None:
+        """Who is next in the queue takes the place and the blocks of somebody of worse priority, if it finds none."""
+        head = self.waiting.peek()
+        if head is None or (self._has_place(head) and self._num_blocks(head) + self._spare <= self.allocator.num_free):
+            return
+        worse = self._worse_than(head)
+        while worse and not self._admit(head):
+            self._preempt(worse.pop())
+
+    def _worse_than(self, newcomer: Sequence) -> list[Sequence]:
+        """Whom it may preempt, the worst last; nobody, where all that they hold would not be enough for it."""
+        worse = sorted((s for s in self._victims() if s.priority > newcomer.priority), key=_rank)
+        held = sum(len(sequence.block_table) for sequence in worse)
+        return worse if self._num_blocks(newcomer) <= self.allocator.num_free + held else []
 
     def _victims(self) -> list[Sequence]:
         """Those whose end depends on nobody else: rows on their way to or from another worker are not asked twice."""
@@ -233,16 +274,22 @@ class Scheduler:
         self.waiting.put_back(sequence, sequence.priority, sequence.caller)
         self.counters["preemptions"] += 1
 
-    def _allocate(self, sequence: Sequence, keys: Items[bytes]) -> bool:
-        """Blocks for what is known and the next token; those under `keys` that are here need not be computed.
+    def _num_blocks(self, sequence: Sequence) -> int:
+        """For what is known and the next token."""
+        return blocks_for(min(len(sequence.tokens) + 1, self._positions(sequence)))
 
-        Those who decode want a block each within 64 tokens: half of that is left to them, or they would soon have to
-        preempt the newcomer. (In a simulated overload this saved a sixth of all rows.)
-        """
-        num_positions = min(len(sequence.tokens) + 1, self._positions(sequence))
-        spare = len(self.decoding) // 2
+    @property
+    def _spare(self) -> int:
+        """Those who decode want a block each within 64 tokens: half of that is left to them, or they would soon have
+        to preempt the newcomer. (In a simulated overload this saved a sixth of all rows.)"""
+        return len(self.decoding) // 2
+
+    def _take_place(self, sequence: Sequence, keys: Items[bytes]) -> bool:
+        """A place and blocks; those under `keys` that are here need not be computed."""
+        if not self._has_place(sequence):
+            return False
         try:
-            blocks, num_shared = self.allocator.allocate_after(keys, blocks_for(num_positions), spare)
+            blocks, num_shared = self.allocator.allocate_after(keys, self._num_blocks(sequence), self._spare)
         except OutOfBlocks:
             return False
         sequence.block_table = blocks
@@ -287,5 +334,5 @@ def _left(sequence: Sequence) -> int:
     return sequence.num_prompt - sequence.num_computed
 
 
-def _reaches(sequence: Sequence, num_positions: int) -> bool:
+def reaches(sequence: Sequence, num_positions: int) -> bool:
     return len(sequence.block_table) * BLOCK_SIZE >= num_positions

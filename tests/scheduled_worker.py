@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from braid.actors.ahead import Ahead, look_ahead
 from braid.actors.scheduler import Chunk, Plan, Scheduler
 from braid.actors.sequence import Sequence
 from braid.model.kv_cache import BLOCK_SIZE, BlockAllocator
@@ -45,19 +46,32 @@ class ScheduledWorker:
     sent: dict[str, list[int]] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
     drafts_right: int = 0
+    is_drafting: bool = True
+    ahead: Ahead | None = None
+    seen_ahead: int = 0  # steps that were as planned ahead
 
     @classmethod
     def of(
-        cls, num_blocks: int, max_sequences: int = 4, max_batch_tokens: int = 96, max_waiting: int = 8
+        cls,
+        num_blocks: int,
+        max_sequences: int = 4,
+        max_batch_tokens: int = 96,
+        max_waiting: int = 8,
+        is_drafting: bool = True,
     ) -> ScheduledWorker:
-        return cls(Scheduler(BlockAllocator(num_blocks), max_sequences, max_batch_tokens, max_waiting))
+        scheduler = Scheduler(BlockAllocator(num_blocks), max_sequences, max_batch_tokens, max_waiting)
+        return cls(scheduler, is_drafting=is_drafting)
 
     def step(self) -> Plan:
+        seen = self.ahead.plan if self.ahead is not None and self.ahead.holds(self.scheduler) else None
         plan = self.scheduler.plan()
+        assert seen in (None, plan), f"planned ahead: {seen}, now: {plan}"
+        self.seen_ahead += seen is not None
         self.scheduler.check()
         assert sum(chunk.num_rows for chunk in plan) <= self.scheduler.max_batch_tokens
         for chunk in plan:
             self._write(chunk)
+        self.ahead = look_ahead(self.scheduler, plan)
         for chunk in plan:
             self._take(chunk)
         self.scheduler.check()
@@ -117,7 +131,8 @@ class ScheduledWorker:
         elif not chunk.absorbed:
             self.scheduler.start_decode(sequence)
         first = next_token(sequence.tokens)
-        sequence.drafts = [first, 7] if first % 3 else [7]  # right, then wrong; or wrong at once
+        if self.is_drafting:
+            sequence.drafts = [first, 7] if first % 3 else [7]  # right, then wrong; or wrong at once
 
     def _send(self, sequence: Sequence) -> None:
         token = next_token(sequence.tokens)

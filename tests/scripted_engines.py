@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -73,10 +74,17 @@ def answer_to(num_prompt: int, params: SamplingParams) -> list[int]:
     return tokens
 
 
+def _nothing() -> None:
+    pass
+
+
 class ScriptedModel:
+    """`while_waiting` is called in every layer."""
+
     def __init__(self, cache: LatentCache) -> None:
         self.cache = cache
         self.defect: str | None = None
+        self.while_waiting: Callable[[], None] = _nothing
 
     def forward(self, batch: Batch, on_layer: Any = None, micro_batches: int = 1) -> ForwardOutput:
         positions: list[int] = []
@@ -88,6 +96,7 @@ class ScriptedModel:
                 assert rows[:, 0].tolist() == list(range(len(rows))), f"layer {layer}: rows {rows[:, 0].tolist()}"
                 positions += range(segment.start, segment.start + segment.num) if not layer else ()
             on_layer(layer)
+            self.while_waiting()
         if self.defect:
             raise RuntimeError(self.defect)
         logits = torch.zeros(len(batch.logit_rows), VOCAB)
@@ -113,9 +122,9 @@ def slots(table: list[int], num: int) -> torch.Tensor:
 class ScriptedExperts:
     phase = 0
     wait_s = 0.0
-    has_waits = False
 
     def __init__(self) -> None:
+        self.has_waits = False
         self.failed: dict[int, str] = {}
 
     def take_failed(self) -> dict[int, str]:
@@ -141,6 +150,8 @@ class Worker:
         )
         self.model, self.experts = ScriptedModel(cache), ScriptedExperts()
         self.engine = Engine(CONFIG, cast(DeepSeekModel, self.model), self.experts, self.requests)
+        if name == "b":  # of two workers one has its experts elsewhere
+            self.experts.has_waits, self.model.while_waiting = True, self.engine.meanwhile
 
     def listen(self) -> None:
         for event in self.reactor.poll(0):

@@ -163,6 +163,77 @@ def test_a_better_priority_overtakes_whatever_is_left_of_others() -> None:
     assert worker.finished == ["urgent", "short", "long"]
 
 
+@pytest.mark.parametrize(("num_blocks", "max_sequences"), [(40, 2), (8, 4)])
+def test_a_better_priority_takes_the_place_or_the_blocks_of_the_worst(num_blocks: int, max_sequences: int) -> None:
+    worker = ScheduledWorker.of(num_blocks, max_sequences, max_batch_tokens=300)
+    worse = submit(worker, "worse", [1] * 120, max_tokens=40, priority=1)
+    worst = submit(worker, "worst", [2] * 120, max_tokens=40, priority=2)
+    worker.step()
+    urgent = submit(worker, "urgent", [3] * 200, max_tokens=40)
+    worker.step()
+    assert (worse.state, worst.state, urgent.state) == ("decode", "waiting", "prefill")
+    assert worker.scheduler.counters["preemptions"] == 1
+    worker.run()
+    assert worker.finished[-1] == "worst"
+    assert_undisturbed(worker, worse, worst, urgent)
+
+
+def test_equals_are_not_preempted_and_nobody_is_in_vain() -> None:
+    worker = ScheduledWorker.of(8, max_sequences=2, max_batch_tokens=300)
+    equal = submit(worker, "equal", [0] * 250, max_tokens=30)
+    worse = submit(worker, "worse", [1] * 40, max_tokens=20, priority=1)
+    worker.step()
+    late = submit(worker, "late", [2] * 20, max_tokens=30, priority=1)
+    worker.step()
+    assert (equal.state, worse.state, late.state) == ("decode", "decode", "waiting")
+    wide = submit(worker, "wide", [3] * 300, max_tokens=1)  # what the worse one holds would not be enough for it
+    worker.step()
+    assert (equal.state, worse.state, wide.state) == ("decode", "decode", "waiting")
+    worker.run()
+    assert worker.scheduler.counters["preemptions"] == 0
+    assert_undisturbed(worker, equal, worse, late, wide)
+
+
+def test_a_better_priority_is_taken_in_from_a_prefill_worker_too() -> None:
+    worker = ScheduledWorker.of(8, max_sequences=2)
+    worse = [sequence_of(name, [number] * 100, 30, priority=1) for number, name in enumerate("ab")]
+    for sequence in worse:
+        assert worker.scheduler.reserve(sequence)
+        worker.receive(sequence)
+    assert not worker.scheduler.reserve(sequence_of("equal", [7] * 100, 30, priority=1))
+    better = sequence_of("better", [8] * 100, 30)
+    assert worker.scheduler.reserve(better)
+    assert [sequence.state for sequence in (*worse, better)] == ["decode", "waiting", "receiving"]
+    assert not worker.scheduler.reserve(sequence_of("late", [7], 30, priority=1))  # a replay comes before newcomers
+    worker.receive(better)
+    worker.run()
+    assert_undisturbed(worker, *worse, better)
+
+
+def test_the_share_of_prompts_follows_who_waits() -> None:
+    worker = ScheduledWorker.of(400, max_sequences=16, max_batch_tokens=2048, is_drafting=False, max_waiting=40)
+    submit(worker, "first", [7], max_tokens=100)
+    worker.step()
+
+    def prompt_rows() -> int:
+        return sum(chunk.num for chunk in worker.step() if not chunk.absorbed)
+
+    for number in range(7):
+        submit(worker, f"s{number}", [number] * 400, max_tokens=100)
+    assert prompt_rows() == 1024  # seven wait and one decodes: half of the rows is the most they get
+    assert prompt_rows() == 1024  # five wait, three decode
+    assert prompt_rows() == 2048 * 2 // 8
+    assert prompt_rows() == 240  # all that is left
+    for number in range(20):
+        submit(worker, f"late {number}", [number, 9] * 200, max_tokens=100)
+    assert prompt_rows() == 1024  # eight decode, and for eight of those who wait there is a place
+    assert prompt_rows() == 2048 * 6 // 16
+    assert prompt_rows() == 2048 * 4 // 16
+    assert prompt_rows() == 2048 * 3 // 16
+    assert prompt_rows() == 2048 * 2 // 16
+    assert prompt_rows() == 2048 // 8  # the least that they get
+
+
 def test_who_floods_the_worker_waits_for_himself() -> None:
     worker = ScheduledWorker.of(40, max_sequences=1, max_waiting=100)
     for number in range(50):
@@ -264,9 +335,10 @@ class SmallWorker(RuleBasedStateMachine):
         sequence = self._new(prompt, priority=priority, caller=caller, target=bound_to)
         self._want(sequence, self.scheduler.submit(sequence))
 
-    @rule(prompt=PROMPTS)
-    def reserve(self, prompt: tuple[int, int, int, int]) -> None:
-        sequence = self._new((*prompt[:3], prompt[3] + 1))  # who wants one token only is never handed over
+    @rule(prompt=PROMPTS, priority=st.integers(-1, 1))
+    def reserve(self, prompt: tuple[int, int, int, int], priority: int) -> None:
+        # who wants one token only is never handed over
+        sequence = self._new((*prompt[:3], prompt[3] + 1), priority=priority)
         self._want(sequence, self.scheduler.reserve(sequence))
 
     @precondition(lambda self: self.scheduler.receiving)
@@ -282,14 +354,20 @@ class SmallWorker(RuleBasedStateMachine):
         self.scheduler.finish(dropped)
         del self.wanted[dropped.id]
 
+    @rule(is_drafting=st.booleans())
+    def draft(self, is_drafting: bool) -> None:
+        self.worker.is_drafting = is_drafting
+
     @rule(count=st.integers(1, 40))
     def steps(self, count: int) -> None:
         for _ in range(count):
             ahead = [*self.scheduler.decoding, *[s for s in self.scheduler.prefilling if not s.target]]
             first = min(ahead, key=lambda s: (s.priority, s.order), default=None)
+            head = self.scheduler.waiting.peek()
             self.worker.step()
             if (
                 first is not None
+                and (head is None or head.priority >= first.priority)
                 and not self.scheduler.receiving
                 and not any(s.target for s in self.scheduler.prefilling)
             ):
