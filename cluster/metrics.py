@@ -97,6 +97,8 @@ class _Reported:
         yield _gauge("braid_worker_up", "1 for every attention worker that is linked", [(load, 1) for load in loads])
         for name, told in GAUGES.items():
             yield _gauge(f"braid_worker_{name}", told, [(load, _state(load, name)) for load in loads])
+        memory = [(load, float(load["device_memory_used"])) for load in loads if "device_memory_used" in load]
+        yield _gauge("braid_worker_device_memory_used_bytes", "Memory of its GPU that a worker has taken", memory)
         epochs = [(load, load["counters"].get("epoch", 0)) for load in loads]
         yield _gauge("braid_expert_map_epoch", "Epoch of the expert map a worker routes by", epochs)
         for name, (metric, told) in EXPERT_LOAD.items():

@@ -100,7 +100,7 @@ def explain_refusal(pool: PoolPlan, nodes: Sequence[Node]) -> str:
         )
     if pool.strategy == "STRICT_SPREAD" and len(fitting) < len(pool.workers):
         return f"{wanted}: needs {len(pool.workers)} different nodes, there are {len(fitting)}; use SPREAD or add nodes"
-    for resource, amount in pool.resources.items():
+    for resource, amount in reversed(pool.resources.items()):
         if told := _too_much(pool, resource, amount, fitting):
             return f"{wanted}: {told}"
     there = " and ".join(f"{sum(node.has(resource) for node in fitting):g} {resource}" for resource in pool.resources)

@@ -92,7 +92,8 @@ def _status_parts(status: Row) -> Iterator[RenderableType]:
 
 def worker_table(workers: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("worker", "role", "node", "pid", "life", "state", "sequences", "free blocks", "tokens", "hops"):
+    titles = ("worker", "role", "node", "device", "pid", "life", "state", "sequences", "free blocks", "tokens", "hops")
+    for title in titles:
         table.add_column(title, justify="right" if title in ("pid", "life", "sequences", "tokens", "hops") else "left")
     for worker in workers:
         blocks = "" if worker["free_blocks"] is None else f"{worker['free_blocks']}/{worker['total_blocks']}"
@@ -101,6 +102,7 @@ def worker_table(workers: Sequence[Row]) -> Table:
             worker["name"],
             worker["role"],
             escape(str(worker["node"] or "")),
+            device_words(worker),
             str(worker["pid"] or ""),
             str(worker["incarnation"]),
             f"[{colour}]{worker['state']}[/]",
@@ -110,6 +112,15 @@ def worker_table(workers: Sequence[Row]) -> Table:
             str(worker["hops"]),
         )
     return table
+
+
+def device_words(worker: Row) -> str:
+    """Such as: H100 80GB HBM3, 9/20 GiB, of which the second is the worker's share."""
+    name = str(worker.get("device") or "").removeprefix("NVIDIA ")
+    if not worker.get("device_memory"):
+        return name
+    used, share = (worker[key] / 2**30 for key in ("device_memory_used", "device_memory"))
+    return f"{name}, {used:.0f}/{share:.0f} GiB"
 
 
 def expert_picture(status: Row) -> list[str]:

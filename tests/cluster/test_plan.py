@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from braid.cluster.errors import SpecError
-from braid.cluster.plan import Node, PoolPlan, Threads, WorkerPlan, explain_refusal, plan_pools, threads_per_worker
+from braid.cluster.plan import (
+    Node,
+    PoolPlan,
+    Threads,
+    WorkerPlan,
+    explain_refusal,
+    gpus_needed,
+    plan_pools,
+    threads_per_worker,
+)
 from braid.cluster.spec import from_dict
 
 
@@ -65,3 +74,40 @@ def pool(strategy: str = "PACK", cpus: float = 2.0, **labels: str) -> PoolPlan:
 def test_a_refusal_in_words(asked: PoolPlan, words: str) -> None:
     nodes = [Node("a", "10.0.0.1", 4, 4.0, {"zone": "x"}), Node("b", "10.0.0.2", 2, 2.0)]
     assert explain_refusal(asked, nodes).endswith(words)
+
+
+def gpu_pool(gpus: float, strategy: str = "PACK", workers: int = 3) -> PoolPlan:
+    decode = {"workers": workers, "gpus": gpus, "strategy": strategy}
+    spec = from_dict({"decode": decode, "prefill": {"gpus": gpus}, "experts": "colocated"})
+    return next(pool for pool in plan_pools(spec, 8) if pool.name == "decode")
+
+
+def test_gpus_reach_the_workers_and_their_places() -> None:
+    pool = gpu_pool(0.5)
+    assert pool.resources == {"CPU": 1.0, "GPU": 0.5}
+    assert [plan.gpus for plan in pool.workers] == [0.5] * 3
+    [cpu, *_] = plan_pools(from_dict({}), 8)
+    assert cpu.resources == {"CPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (gpu_pool(1), "3 x 1 CPU and 1 GPU, PACK: needs 3 GPU, the 2 fitting nodes have 1; lower workers or gpus"),
+        (gpu_pool(0.5, "STRICT_PACK"), "all on one node needs 1.5 GPU, the largest has 1"),
+        (gpu_pool(0.25), "6 CPU and 1 GPU on 2 fitting nodes, too many of them taken by others"),
+    ],
+)
+def test_a_refusal_for_want_of_gpus_in_words(asked: PoolPlan, words: str) -> None:
+    nodes = [Node("a", "10.0.0.1", 4, 4.0, gpus=1.0), Node("b", "10.0.0.2", 2, 2.0)]
+    assert explain_refusal(asked, nodes).endswith(words)
+    assert "start Ray there with --num-gpus" in explain_refusal(asked, nodes[1:])
+
+
+def test_whole_gpus_of_one_machine() -> None:
+    assert gpus_needed([]) == 0
+    assert gpus_needed(plan_pools(from_dict({}), 8)) == 0
+    assert gpus_needed([gpu_pool(1)]) == 3
+    assert gpus_needed([gpu_pool(1 / 3)]) == 1
+    assert gpus_needed([gpu_pool(0.75), gpu_pool(0.25)]) == 3, "three shares of 3/4 leave room for three of 1/4"
+    assert gpus_needed([gpu_pool(0.6), gpu_pool(0.5)]) == 5

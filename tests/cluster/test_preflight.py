@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from braid.cluster.errors import SpecError
-from braid.cluster.preflight import check_ports, check_weights, model_facts, model_path, read_api_keys, read_secret
+from braid.cluster.local_gpus import LocalGpus
+from braid.cluster.preflight import (
+    check_gpus,
+    check_ports,
+    check_weights,
+    model_facts,
+    model_path,
+    read_api_keys,
+    read_secret,
+)
 from braid.cluster.spec import ClusterSpec, from_dict, load_spec
 
 
@@ -78,6 +87,22 @@ def test_too_little_memory_is_said_with_the_figures() -> None:
     cache = from_dict({"engine": {"kv_tokens": 10**12}})
     with pytest.raises(SpecError, match=r"kv_tokens: 1000000000000 tokens take .* GiB on each of 2"):
         check_weights(cache, model_facts(cache))
+
+
+def test_gpus_that_are_not_there_are_said_before_anything_starts() -> None:
+    spec = from_dict({pool: {"gpus": 0.5} for pool in ("prefill", "decode", "experts")})
+    facts = model_facts(spec)
+    with pytest.raises(SpecError, match="the pools ask for GPUs, and this machine has no NVIDIA GPU"):
+        check_gpus(spec, facts, LocalGpus(problem="this machine has no NVIDIA GPU"))
+    one = LocalGpus(("NVIDIA H100",), (80 << 30,), is_there=True)
+    with pytest.raises(SpecError, match="the pools take 2 GPUs and this machine has 1; lower the shares"):
+        check_gpus(spec, facts, one)
+    two = LocalGpus(one.names * 2, one.memory * 2, is_there=True)
+    check_gpus(spec, facts, two)
+    check_weights(spec, facts, two)
+    with pytest.raises(ValueError, match=r"needs .* for the weights, 0 B of memory available"):
+        check_weights(spec, facts, LocalGpus(two.names, (0, 0), is_there=True))
+    check_gpus(ClusterSpec(), facts, LocalGpus())
 
 
 def test_a_port_in_use_names_the_port_and_the_pid() -> None:

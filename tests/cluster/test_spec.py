@@ -11,6 +11,8 @@ from braid.cluster.errors import SpecError
 from braid.cluster.spec import ClusterSpec, from_dict, load_spec, overlay
 from braid.cluster.spec_parser import read_yaml
 
+ON_GPUS = {pool: {"gpus": 0.25} for pool in ("prefill", "decode", "experts")}
+
 
 def test_an_empty_spec_is_the_default_cluster() -> None:
     assert from_dict({}) == ClusterSpec()
@@ -23,6 +25,14 @@ def test_round_trip_through_plain_values() -> None:
         {"name": "two", "experts": {"workers": 3, "labels": {"role": "expert"}}, "engine": {"kv_tokens": 128}}
     )
     assert from_dict(spec.to_dict()) == spec
+
+
+def test_gpus_of_pools_that_have_workers() -> None:
+    assert not ClusterSpec().uses_gpus
+    assert from_dict(ON_GPUS).uses_gpus
+    one = from_dict({"prefill": {"workers": 0}, "decode": {"gpus": 1}, "experts": "colocated"})
+    assert list(one.pools) == ["decode"]
+    assert one.uses_gpus
 
 
 @pytest.mark.parametrize("layout", ["colocated", {"colocated": True}])
@@ -57,6 +67,13 @@ def test_replicas_default_to_what_the_workers_allow() -> None:
         ({"experts": {"workers": 2, "replicas": 3}}, "experts.replicas: 3 copies"),
         ({"experts": {"workers": 2, "colocated": True}}, "exclude each other"),
         ({"prefill": {"cpus": 0}}, r"prefill\.cpus: 0\.0 must be above 0"),
+        ({"decode": {"gpus": -1}}, r"decode\.gpus: -1 must be 0 \(the CPU\), 1, or a share of one GPU"),
+        ({"decode": {"gpus": float("nan")}}, r"decode\.gpus: nan must be 0"),
+        ({"experts": {"gpus": 2}}, r"experts\.gpus: 2 must be .* more GPUs take more workers"),
+        ({"prefill": {"gpus": 1e-5}}, r"prefill\.gpus: 1e-05 must be .* of at least 0\.01"),
+        ({"decode": {"gpus": 1}, "experts": "colocated"}, r"prefill\.gpus: 0, while decode use GPUs"),
+        ({"decode": {"gpus": 1}, "prefill": {"gpus": 1}}, r"experts\.gpus: 0, while prefill and decode use GPUs"),
+        ({**ON_GPUS, "model": {"dtype": "float32"}}, r"model\.dtype: float32 is for the CPU"),
         ({"experts": "collocated"}, "experts: expected 'colocated' or settings"),
         ({"front_end": {"host": ""}}, "front_end.host: must not be empty"),
         ({"front_end": {"http_port": 9000}}, "front_end.grpc_port: 9000 is the HTTP port too"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from braid.cluster.terminal import console_for, describe_start, expert_picture, render_status
+from braid.cluster.terminal import console_for, describe_start, device_words, expert_picture, render_status
 
 
 def worker(name: str, state: str = "live", **more: Any) -> dict[str, Any]:
@@ -60,3 +60,10 @@ def test_the_whole_status() -> None:
     assert "mind the terms" in told
     assert "3/4" in told
     assert "load: 1 sequences, 0 waiting, 1/4 KV blocks, 25% of prompt tokens found in the cache" in told
+
+
+def test_a_gpu_and_how_full_it_is() -> None:
+    memory = {"device_memory_used": 9 << 30, "device_memory": 20 << 30}
+    assert device_words(worker("decode-0", device="NVIDIA H100 80GB HBM3", **memory)) == "H100 80GB HBM3, 9/20 GiB"
+    assert device_words(worker("decode-0", device="CPU")) == "CPU"
+    assert device_words(worker("decode-0")) == ""
