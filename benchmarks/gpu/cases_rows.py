@@ -1,0 +1,125 @@
+"""Cases of what is done row by row: norms and quantisation, combine, gate, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from braid.kernels.gpu import combine, gate, norm, sample
+from braid.model.config import ModelConfig
+from braid.model.noise import gumbel_of, random_bits
+from braid.router.gate import route
+
+from .cases import Case, Draw, Run, Target, Work
+
+COPY_SHARE = Target("bandwidth", 0.85)
+FULL = 1024  # rows from which the launch itself no longer counts
+
+
+def cases(config: ModelConfig, rows: int) -> Iterator[Case]:
+    target = COPY_SHARE if rows >= FULL else None
+    hidden, heads_out = config.hidden_size, config.num_attention_heads * config.v_head_dim
+    bytes_normed = rows * hidden * 6  # read twice, written back once, bf16
+    if config.quantization is not None:
+        yield Case(
+            "residual + RMSNorm + quantise", f"{hidden}", rows, Work(bytes_normed + rows * hidden), 0.04,
+            lambda draw: _norm_quantised(draw, rows, hidden), target,
+        )  # fmt: skip
+        yield Case(
+            "quantise", f"{heads_out}", rows, Work(rows * heads_out * 3), 0.04,
+            lambda draw: _quantised(draw, rows, heads_out), target,
+        )  # fmt: skip
+    yield Case(
+        "residual + RMSNorm", f"{hidden}", rows, Work(bytes_normed + rows * hidden * 2), 0.004,
+        lambda draw: _norm(draw, rows, hidden), target,
+    )  # fmt: skip
+    slots, experts = config.num_experts_per_tok, config.n_routed_experts or 0
+    yield Case(
+        "combine", f"{slots} x {hidden}", rows, Work(rows * hidden * 2 * (slots + 2)), 0.004,
+        lambda draw: _combine(draw, rows, slots, hidden), target,
+    )  # fmt: skip
+    yield Case(
+        "gate logits", f"{hidden} -> {experts}", rows,
+        Work((rows + 2 * experts) * hidden * 2, 2.0 * rows * hidden * experts), 1e-5,
+        lambda draw: _gate_logits(draw, rows, hidden, experts),
+    )  # fmt: skip
+    yield Case(
+        "gate top-k", f"{slots} of {experts}", rows, Work(rows * experts * 4), 0.0,
+        lambda draw: _gate(draw, config, rows),
+    )  # fmt: skip
+    yield Case(
+        "greedy", f"{config.vocab_size}", rows, Work(rows * config.vocab_size * 4), 0.0,
+        lambda draw: _greedy(draw, rows, config.vocab_size),
+    )  # fmt: skip
+    yield Case(
+        "sample", f"{config.vocab_size}, temperature 0.8", rows, Work(rows * config.vocab_size * 4), 0.0,
+        lambda draw: _sample(draw, rows, config.vocab_size),
+    )  # fmt: skip
+
+
+def _normed(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight.double()
+
+
+def _norm(draw: Draw, rows: int, hidden: int) -> Run:
+    x, delta, weight = draw.normal(rows, hidden), draw.normal(rows, hidden), draw.normal(hidden)
+    total = (x.double() + delta.double()).bfloat16()
+    return Run(lambda: norm.add_rms_norm(x, delta, weight, 1e-6), lambda: _normed(total.double(), weight))
+
+
+def _norm_quantised(draw: Draw, rows: int, hidden: int) -> Run:
+    x, delta, weight = draw.normal(rows, hidden), draw.normal(rows, hidden), draw.normal(hidden)
+    total = (x.double() + delta.double()).bfloat16()
+    return Run(
+        lambda: norm.add_rms_norm_quantised(x, delta, weight, 1e-6, False), lambda: _normed(total.double(), weight)
+    )
+
+
+def _quantised(draw: Draw, rows: int, columns: int) -> Run:
+    x = draw.normal(rows, columns)
+    return Run(lambda: norm.quantise(x, False), lambda: x.double())
+
+
+def _combine(draw: Draw, rows: int, slots: int, hidden: int) -> Run:
+    shared, parts, weights = draw.normal(rows, hidden), draw.normal(rows, slots, hidden), draw.positive(rows, slots)
+    return Run(
+        lambda: combine.combine(shared, parts, weights),
+        lambda: shared.double() + (parts.double() * weights.double()[..., None]).sum(1),
+    )
+
+
+def _gate_logits(draw: Draw, rows: int, hidden: int, experts: int) -> Run:
+    x, weight = draw.normal(rows, hidden), draw.normal(experts, hidden, scale=hidden**-0.5)
+    return Run(lambda: gate.gate_logits(x, weight), lambda: x.double() @ weight.double().T)
+
+
+def _gate(draw: Draw, config: ModelConfig, rows: int) -> Run:
+    logits, bias = draw.wide(rows, config.n_routed_experts or 0), draw.wide(config.n_routed_experts or 0).mul_(0.1)
+    rules = (
+        config.scoring_func, config.topk_method, config.num_experts_per_tok, config.n_group, config.topk_group,
+        config.norm_topk_prob, config.routed_scaling_factor,
+    )  # fmt: skip
+    return Run(lambda: gate.route(logits, bias, *rules)[0], lambda: route(logits.cpu(), bias.cpu(), *rules)[0])
+
+
+def _greedy(draw: Draw, rows: int, vocab: int) -> Run:
+    logits = draw.wide(rows, vocab)
+    return Run(lambda: sample.greedy(logits), lambda: logits.argmax(-1))
+
+
+def _sample(draw: Draw, rows: int, vocab: int) -> Run:
+    """Without filters the reference is two lines; what the filters keep is checked in the interpreter."""
+    logits, seeds = draw.wide(rows, vocab), draw.integers(1 << 40, rows, dtype=torch.int64)
+    positions = draw.integers(4096, rows, dtype=torch.int64)
+    temperature = torch.full((rows,), 0.8, dtype=torch.float64, device=draw.device)
+    off, unit = torch.zeros_like(temperature), torch.ones_like(temperature)
+    asked = sample.SamplingRows(temperature, off, unit, torch.zeros_like(seeds), seeds, positions)
+
+    def expected() -> Tensor:
+        keys = zip(seeds.tolist(), positions.tolist(), strict=True)
+        noise = torch.stack([torch.from_numpy(gumbel_of(random_bits(s, p, vocab))) for s, p in keys])
+        return ((logits.cpu().double() - logits.cpu().double().amax(-1, keepdim=True)) / 0.8 + noise).argmax(-1)
+
+    return Run(lambda: sample.sample(logits, asked, has_top_k=False, has_top_p=False), expected)

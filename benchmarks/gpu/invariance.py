@@ -1,0 +1,229 @@
+"""Law 5 on the GPU: a row has the same bits alone and in company, in any tile, in chunks and whole.
+
+The last row lists which numbers of rows, and so which tiles, give the same bits in every fp8 product of a layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from braid.kernels.gpu import (
+    attention_decode,
+    attention_prefill,
+    combine,
+    experts,
+    experts_bf16,
+    gate,
+    gemm,
+    index,
+    norm,
+)
+from braid.kernels.gpu.norm import Quantised
+
+from .cases_attention import cached
+from .cases_experts import chosen
+from .cases_products import matrices
+from .setting import Row, Setting, each
+from .sizes import BLOCK_SIZE
+
+Part = Callable[[slice], Tensor]
+TILES = (16, 32, 64)
+
+
+def probe(setting: Setting) -> Iterator[Row]:
+    """Rows with `passed` and `differing`, the parts whose bits are not those of the whole."""
+    probes: dict[str, Callable[[Setting], Row]] = {
+        "residual + RMSNorm": _norm,
+        "RMSNorm + quantise": _quantised,
+        "fp8 product": _fp8,
+        "bf16 product": _bf16,
+        "gate": _gate,
+        "combine": _combine,
+        "experts fp8: rows and tiles": _experts_fp8,
+        "experts bf16: rows and tiles": _experts_bf16,
+        "MLA decode: batch, queries, blocks": _decode,
+        "MLA prefill: chunks": _prefill,
+        "bit classes of the fp8 product": _bit_classes,
+    }
+    return each(setting, ((name, partial(function, setting)) for name, function in probes.items()))
+
+
+def _rows(setting: Setting) -> int:
+    return 300 if setting.is_full_size else 5
+
+
+def _slices(rows: int) -> list[slice]:
+    """Single rows, tiles that are not full, tiles begun anywhere, every token tile."""
+    sizes = [(0, 1), (5, 6), (0, 16), (3, 20), (0, 33), (7, 71), (0, 128), (1, 201), (2, 4)]
+    return [slice(begin, end) for begin, end in sizes if end <= rows]
+
+
+def _compared(whole: Tensor, part: Part) -> Row:
+    slices = _slices(len(whole))
+    differing = [f"{s.start}:{s.stop}" for s in slices if not _same(whole[s], part(s))]
+    return {"passed": not differing, "differing": differing, "parts": len(slices)}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit: NaN equals itself."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _norm(setting: Setting) -> Row:
+    rows, hidden, draw = _rows(setting), setting.config.hidden_size, setting.draw
+    x, delta, weight = draw.normal(rows, hidden), draw.normal(rows, hidden), draw.normal(hidden)
+    return _compared(
+        norm.add_rms_norm(x.clone(), delta, weight, 1e-6),
+        lambda part: norm.add_rms_norm(x[part].clone(), delta[part], weight, 1e-6),
+    )
+
+
+def _quantised(setting: Setting) -> Row:
+    rows, hidden, draw = _rows(setting), setting.config.hidden_size, setting.draw
+    x = draw.normal(rows, hidden)
+    return _compared(norm.quantise(x, False).codes, lambda part: norm.quantise(x[part], False).codes)
+
+
+def _fp8(setting: Setting) -> Row:
+    hidden, draw = setting.config.hidden_size, setting.draw
+    x, (weight, scales) = draw.activations(_rows(setting), hidden), draw.block_weight(512, hidden)
+    return _compared(gemm.linear_fp8(x, weight, scales), lambda part: gemm.linear_fp8(_part(x, part), weight, scales))
+
+
+def _part(x: Quantised, part: slice) -> Quantised:
+    return Quantised(x.codes[part], x.scales[:, part].contiguous())
+
+
+def _bf16(setting: Setting) -> Row:
+    hidden, draw = setting.config.hidden_size, setting.draw
+    x, weight = draw.normal(_rows(setting), hidden), draw.normal(512, hidden, scale=hidden**-0.5)
+    return _compared(gemm.linear_bf16(x, weight), lambda part: gemm.linear_bf16(x[part], weight))
+
+
+def _gate(setting: Setting) -> Row:
+    config, draw = setting.config, setting.draw
+    x = draw.normal(_rows(setting), config.hidden_size)
+    weight = draw.normal(config.n_routed_experts or 1, config.hidden_size, scale=config.hidden_size**-0.5)
+    return _compared(gate.gate_logits(x, weight), lambda part: gate.gate_logits(x[part], weight))
+
+
+def _combine(setting: Setting) -> Row:
+    config, draw, rows = setting.config, setting.draw, _rows(setting)
+    slots, hidden = config.num_experts_per_tok, config.hidden_size
+    shared, parts, weights = draw.normal(rows, hidden), draw.normal(rows, slots, hidden), draw.positive(rows, slots)
+    return _compared(
+        combine.combine(shared, parts, weights),
+        lambda part: combine.combine(shared[part], parts[part], weights[part]),
+    )
+
+
+def _experts_fp8(setting: Setting) -> Row:
+    config, draw = setting.config, setting.draw
+    hidden, inner, held, slots = config.hidden_size, config.moe_intermediate_size, 4, config.num_experts_per_tok
+    x = draw.activations(_rows(setting), hidden)
+    w13, w2 = draw.block_weight(2 * inner, hidden, held), draw.block_weight(hidden, inner, held)
+    places = chosen(draw, config, _rows(setting), held)
+
+    def rows_of(part: slice, tile: int) -> Tensor:
+        mine, row_of_pair = _pairs(places, slots, part)
+        out = torch.zeros(len(mine), hidden, dtype=torch.bfloat16, device=setting.device)
+        found = index.dispatch_index(mine, held, tile)
+        return experts.grouped_mlp_fp8(_part(x, part), row_of_pair, found, *w13, *w2, False, out).view(
+            -1, slots, hidden
+        )
+
+    return _compared_in_tiles(_rows(setting), rows_of)
+
+
+def _experts_bf16(setting: Setting) -> Row:
+    config, draw = setting.config, setting.draw
+    hidden, inner, held, slots = config.hidden_size, config.moe_intermediate_size, 4, config.num_experts_per_tok
+    x = draw.normal(_rows(setting), hidden)
+    w13, w2 = draw.normal(held, 2 * inner, hidden, scale=0.01), draw.normal(held, hidden, inner, scale=0.01)
+    places = chosen(draw, config, _rows(setting), held)
+
+    def rows_of(part: slice, tile: int) -> Tensor:
+        mine, row_of_pair = _pairs(places, slots, part)
+        out = torch.zeros(len(mine), hidden, dtype=torch.bfloat16, device=setting.device)
+        found = index.dispatch_index(mine, held, tile)
+        return experts_bf16.grouped_mlp_bf16(x[part], row_of_pair, found, w13, w2, out).view(-1, slots, hidden)
+
+    return _compared_in_tiles(_rows(setting), rows_of)
+
+
+def _pairs(places: Tensor, slots: int, part: slice) -> tuple[Tensor, Tensor]:
+    """Experts of the pairs of these rows, and the row of each one."""
+    mine = places.view(-1, slots)[part]
+    return mine.flatten(), torch.arange(len(mine), device=mine.device).repeat_interleave(slots)
+
+
+def _compared_in_tiles(rows: int, rows_of: Callable[[slice, int], Tensor]) -> Row:
+    whole = rows_of(slice(0, rows), TILES[0])
+    found = [_compared(whole, lambda part, tile=tile: rows_of(part, tile)) for tile in TILES]  # type: ignore[misc]
+    differing = [f"tile {tile}, {part}" for tile, row in zip(TILES, found, strict=True) for part in row["differing"]]
+    return {"passed": not differing, "differing": differing, "parts": sum(row["parts"] for row in found)}
+
+
+def _decode(setting: Setting) -> Row:
+    """Every second row alone; two rows a sequence together; the same cache in other blocks."""
+    config, draw = setting.config, setting.draw
+    rank, heads, scale = config.kv_lora_rank, config.num_attention_heads, config.softmax_scale
+    sequences, context = (6, 3000) if setting.is_full_size else (2, 70)
+    cache, tables = cached(draw, config, sequences, context)
+    q, device = draw.normal(2 * sequences, heads, config.latent_dim), setting.device
+    last = torch.arange(context - 2 * sequences, context, device=device)
+    positions, row_tables = last, tables.repeat_interleave(2, 0)
+
+    def attended(rows: slice, cache: Tensor, row_tables: Tensor, queries: int = 1) -> Tensor:
+        plan = attention_decode.plan_decode(positions[rows], row_tables[rows], BLOCK_SIZE, queries)
+        return attention_decode.mla_decode(q[rows], cache, plan, scale, rank)
+
+    every = slice(0, 2 * sequences)
+    whole = attended(every, cache, row_tables)
+    row = _compared(whole, lambda part: attended(part, cache, row_tables))
+    order = torch.randperm(len(cache), device=device)
+    moved, moved_tables = torch.empty_like(cache), order[row_tables]
+    moved[order] = cache
+    others = {"queries": attended(every, cache, row_tables, 2), "blocks": attended(every, moved, moved_tables)}
+    differing = row["differing"] + [name for name, out in others.items() if not _same(whole, out)]
+    return {"passed": not differing, "differing": differing, "parts": row["parts"] + len(others)}
+
+
+def _prefill(setting: Setting) -> Row:
+    config, draw = setting.config, setting.draw
+    heads, rank, value = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
+    num, cuts = (3000, (512, 1024, 1100)) if setting.is_full_size else (70, (33,))
+    cache, tables = cached(draw, config, 1, num)
+    q, kv_b = draw.normal(num, heads, config.qk_head_dim), draw.normal(heads * (config.qk_nope_head_dim + value), rank)
+
+    def attended(begin: int, end: int) -> Tensor:
+        plan = attention_prefill.plan_prefill(begin, end - begin, tables[0])
+        expand = partial(gemm.linear_bf16, weight=kv_b)
+        return attention_prefill.mla_prefill(q[begin:end], cache, expand, plan, config.softmax_scale, rank, value)
+
+    whole = attended(0, num)
+    differing = [f"{cut}:{num}" for cut in cuts if not _same(whole[cut:], attended(cut, num))]
+    differing += [f"0:{cut}" for cut in cuts if not _same(whole[:cut], attended(0, cut))]
+    return {"passed": not differing, "differing": differing, "parts": 2 * len(cuts)}
+
+
+def _bit_classes(setting: Setting) -> Row:
+    """Row 0 of every matrix's product with more and more rows beside it, each number of them taking another tile."""
+    draw, counts = setting.draw, (1, 16, 32, 64, 128, 256, 4096) if setting.is_full_size else (1, 17)
+    classes: dict[str, dict[str, list[int]]] = {}
+    for name, inputs, outputs in matrices(setting.config):
+        x, (weight, scales) = draw.activations(counts[-1], inputs), draw.block_weight(outputs, inputs)
+        found: dict[str, list[int]] = {}
+        for count in counts:
+            row = gemm.linear_fp8(_part(x, slice(0, count)), weight, scales)[0]
+            found.setdefault(hashlib.sha256(row.view(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:8], []).append(
+                count
+            )
+        classes[name] = found
+    differing = [name for name, found in classes.items() if len(found) > 1]
+    return {"passed": not differing, "differing": differing, "classes": classes}

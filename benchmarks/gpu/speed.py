@@ -1,0 +1,58 @@
+"""How long each kernel takes at DeepSeek-V3's sizes, with the work that a floor is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from . import cases_attention, cases_experts, cases_products, cases_rows
+from .cases import Case
+from .setting import Row, Setting, each
+from .timing import copies, timed
+
+
+def measure(setting: Setting) -> Iterator[Row]:
+    """Rows with the Timing, `bytes`, `flop`, `rate` and the case's target, if it has one."""
+    return each(setting, ((case.name, partial(_measured, case, setting)) for case in cases(setting)))
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    """Of the issue's targets first, so that they are reached whatever the time."""
+    config = setting.config
+    if not setting.is_full_size:
+        yield from cases_products.cases(config, 2)
+        yield cases_attention.decode_case(config, 2, 70, config.num_attention_heads)
+        return
+    for rows in (1, 64, 4096):
+        yield from cases_products.cases(config, rows)
+    for held in (8, 32):
+        for rows in (1, 32, 128, 512, 4096):
+            yield cases_experts.grouped_case(config, rows, held)
+    for sequences, context, heads in (
+        (1, 4096, 128),
+        (32, 4096, 128),
+        (128, 8192, 128),
+        (128, 8192, 16),
+        (8, 131072, 16),
+    ):
+        yield cases_attention.decode_case(config, sequences, context, heads)
+    yield cases_attention.prefill_case(config, 4096, expands=False)
+    yield cases_attention.prefill_case(config, 4096)
+    yield cases_attention.prefill_case(config, 2048, 8192)
+    for rows in (1, 128, 4096):
+        yield from cases_rows.cases(config, rows)
+        yield from cases_attention.row_cases(config, rows)
+    for rows in (16, 32, 128, 512):
+        yield from cases_products.cases(config, rows)
+
+
+def _measured(case: Case, setting: Setting) -> Row:
+    torch.manual_seed(0)
+    runs = [case.bind(setting.draw).actual for _ in range(copies(case.work.num_bytes, setting.device))]
+    took = timed(runs, setting.device)
+    told = {"kernel": case.kernel, "shape": case.shape, "rows": case.rows, "copies": len(runs)}
+    work = {"bytes": case.work.num_bytes, "flop": case.work.flop, "rate": case.work.rate}
+    return told | asdict(took) | work | {"target": case.target and asdict(case.target)}

@@ -1,0 +1,99 @@
+"""The GPU script at tiny shapes in Triton's interpreter, end to end; and its arithmetic by hand."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton_interpreter
+
+triton_interpreter.repair()
+
+from braid.benchmarks.gpu.__main__ import SHARES, main  # noqa: E402
+from braid.benchmarks.gpu.calibration_table import calibration  # noqa: E402
+from braid.benchmarks.gpu.checks import relative_error  # noqa: E402
+from braid.benchmarks.gpu.rival_kernels import extracted  # noqa: E402
+from braid.benchmarks.gpu.setting import Row, Setting, each  # noqa: E402
+from braid.benchmarks.gpu.shares import ceilings_of, judged  # noqa: E402
+from braid.router.calibration import Calibration  # noqa: E402
+
+CEILINGS = {"copy GB/s": 3000.0, "bf16 TFLOP/s": 800.0, "fp8 TFLOP/s": 1600.0}
+
+
+def test_every_section_runs_and_says_what_it_could_not_do(tmp_path: Path) -> None:
+    assert main(["--device", "cpu", "--shapes", "tiny", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(result["sections"]) == list(SHARES)
+    rows = {name: section["rows"] for name, section in result["sections"].items()}
+    for name in ("ceilings", "checks", "invariance", "speed", "layers"):
+        assert [row for row in rows[name] if "failed" in row] == []
+    assert all(row["passed"] for row in rows["checks"] + rows["invariance"])
+    assert {"floor_us", "share", "bound", "least_us", "most_us", "repeats"} <= set(rows["speed"][0])
+    assert all("pass --rivals DIR" in row["failed"] for row in rows["rivals"])
+    assert all("failed" in row for row in rows["sanitizer"])
+    read = Calibration.from_path(tmp_path / "calibration.json")
+    assert (read.gpu, read.model, read.experts[0].held, read.attention[0].context) == (None, "tiny", 2, 70)
+
+
+def test_without_a_gpu_the_script_says_how_it_can_be_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path)])
+    assert "--device cpu --shapes tiny" in capsys.readouterr().err
+
+
+def test_one_row_that_fails_takes_no_other_with_it_and_none_begins_after_the_end() -> None:
+    def rows(setting: Setting) -> Iterator[Row]:
+        def wrong() -> Row:
+            raise RuntimeError("out of\n  memory")
+
+        return each(setting, iter([("a", wrong), ("b", lambda: {"us": 1.0})]))
+
+    cpu = torch.device("cpu")
+    failed, good = rows(Setting(cpu, "tiny", time.monotonic() + 60))
+    assert failed == {"name": "a", "failed": "RuntimeError: out of memory"}
+    assert good == {"name": "b", "us": 1.0}
+    assert all("not reached" in row["failed"] for row in rows(Setting(cpu, "tiny", time.monotonic() - 1)))
+
+
+def test_floors_shares_and_targets() -> None:
+    assert ceilings_of([{"name": "copy GB/s", "value": 3000.0}, {"name": "bf16 TFLOP/s", "failed": "?"}]) == {
+        "copy GB/s": 3000.0
+    }
+    row = {"us": 20.0, "bytes": 30e6, "flop": 1.6e9, "rate": "fp8", "target": {"of": "bandwidth", "least": 0.75}}
+    told = judged(row, CEILINGS)
+    assert told["floor_us"] == pytest.approx(10.0)  # 30 MB at 3 TB/s; the arithmetic alone takes 1 us
+    assert (told["bound"], told["share"], told["passed"]) == ("memory", pytest.approx(0.5), False)
+    assert judged(row | {"us": 12.0}, CEILINGS)["passed"]
+    many = {"us": 100.0, "bytes": 3e6, "flop": 4e10, "rate": "bf16", "target": {"of": "tflop_s", "least": 350}}
+    assert judged(many, CEILINGS)["reached"] == pytest.approx(400.0)
+    assert judged(many, CEILINGS)["bound"] == "matrix"
+    assert judged({"name": "x", "failed": "?"}, CEILINGS) == {"name": "x", "failed": "?"}
+
+
+def test_an_error_is_relative_for_numbers_and_a_count_for_integers() -> None:
+    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]).double()) == pytest.approx(0.1)
+    assert relative_error(torch.tensor([float("nan")]), torch.ones(1).double()) == float("inf")
+    assert relative_error(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+
+
+def test_a_calibration_keeps_what_was_measured() -> None:
+    good = {"part": "experts", "held": 8, "tokens": 128, "us": 50.0, "tokens_per_s": 2.56e6, "least_us": 49.0}
+    rows = [good, {"name": "experts, 32 held, 1 tokens", "failed": "out of memory"}]
+    machine = {"gpu": "NVIDIA H100", "date": "2026-11-23"}
+    table = calibration({"machine": machine, "shapes": "v3", "sections": {"layers": {"rows": rows}}})
+    read = Calibration.from_dict(table)
+    assert [(row.held, row.tokens, row.us) for row in read.experts] == [(8, 128, 50.0)]
+    assert read.attention == ()
+
+
+def test_a_rivals_kernels_are_taken_out_of_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.py"
+    file.write_text("import not_installed\n\ndef wanted(x):\n    return x + 1\n\ndef other():\n    pass\n")
+    assert extracted(file, ["wanted"]).wanted(1) == 2
+    with pytest.raises(ValueError, match="has no gone"):
+        extracted(file, ["gone"])
