@@ -1,4 +1,7 @@
-"""The network over expert servers and real links: the bits of local experts, however cut, and through a death."""
+"""The network over expert servers and real links: the bits of local experts, however cut, and through a death.
+
+Also with rows that are fetched from where the network computes and brought back there, as those of a GPU are.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from braid.actors.pipe import Pipe
 from braid.actors.reactor import Closed, Event, Opened, Reactor
 from braid.actors.shm_setup import receive_rings, send_rings
 from braid.actors.socket_pipe import SocketPipe
+from braid.actors.staging import StagedExperts, StagedHost
 from braid.model.deepseek import Batch
-from braid.model.experts import LocalExperts
+from braid.model.experts import ExpertBackend, LocalExperts
 from braid.model.mla import Segment
 from braid.router.expert_map import Owner, assign, build_map
 
@@ -37,7 +41,7 @@ def pipes(transport: str) -> tuple[Pipe, Pipe]:
 class Server:
     """Serves whenever the attention side reads its mail; dies after `life` turns with something to do."""
 
-    def __init__(self, name: str, small: SmallModel, attention: Reactor, transport: str) -> None:
+    def __init__(self, name: str, small: SmallModel, attention: Reactor, transport: str, is_staged: bool) -> None:
         near, far = pipes(transport)
         self.link = Link(Hello(name, "expert", 1, "host"), near)
         self.far = Link(Hello("attention", "both", 1, "host"), far)
@@ -46,7 +50,7 @@ class Server:
         self.reactor.poll(0)
         attention.add(self.link)
         num_experts = small.config.n_routed_experts or 0
-        host = ExpertHost(small.experts, num_experts)
+        host = (StagedHost if is_staged else ExpertHost)(small.experts, num_experts)
         self.server = ExpertServer(host, small.config.hidden_size, num_experts, small.weights.norm.dtype)
         self.life = 1 << 30
 
@@ -60,9 +64,10 @@ class Server:
 
 
 class Post:
-    def __init__(self, small: SmallModel, transport: str) -> None:
+    def __init__(self, small: SmallModel, transport: str, is_staged: bool = False) -> None:
+        self.is_staged = is_staged
         self.reactor = Reactor()
-        self.servers = [Server(name, small, self.reactor, transport) for name in NAMES]
+        self.servers = [Server(name, small, self.reactor, transport, is_staged) for name in NAMES]
         assert all(isinstance(event, Opened) for event in self.reactor.poll(0))
         self.deferred: list[Event] = []
 
@@ -87,9 +92,10 @@ def small(request: pytest.FixtureRequest) -> SmallModel:
     return made
 
 
-@pytest.fixture(params=["shm", "unix"])
+@pytest.fixture(params=["shm", "unix", "shm, staged"])
 def post(request: pytest.FixtureRequest, small: SmallModel) -> Iterator[Post]:
-    made = Post(small, request.param)
+    transport, _, how = request.param.partition(", ")
+    made = Post(small, transport, is_staged=how == "staged")
     yield made
     made.close()
 
@@ -104,6 +110,10 @@ def remote(post: Post, small: SmallModel, replicas: int) -> RemoteExperts:
     return made
 
 
+def backend(post: Post, small: SmallModel, experts: RemoteExperts) -> ExpertBackend:
+    return StagedExperts(experts, small.weights.ops) if post.is_staged else experts
+
+
 def batch(small: SmallModel) -> Batch:
     """A few decoding rows behind their prompts, and a prompt."""
     tables = shuffled_table()
@@ -116,7 +126,7 @@ def test_remote_experts_give_the_bits_of_local_ones_however_the_batch_is_cut(pos
     local = small.network(LocalExperts(small.experts)).forward(batch(small))
     experts = remote(post, small, replicas=1)
     for count in (1, 2, 3, 1, 4):
-        output = small.network(experts).forward(batch(small), micro_batches=count)
+        output = small.network(backend(post, small, experts)).forward(batch(small), micro_batches=count)
         assert torch.equal(output.logits, local.logits)
         assert torch.equal(output.hidden, local.hidden)
         assert experts.take_failed() == {}
@@ -132,8 +142,19 @@ def test_a_worker_dies_between_micro_batches_and_no_bit_changes(
     experts = remote(post, small, replicas=2)
     post.servers[0].life = life
     for _ in range(3):
-        output = small.network(experts).forward(batch(small), micro_batches=count)
+        output = small.network(backend(post, small, experts)).forward(batch(small), micro_batches=count)
         assert torch.equal(output.logits, local.logits)
         assert experts.take_failed() == {}
     assert [type(event) for event in post.deferred] == [Closed]
     assert experts.counters.resent > 0
+
+
+def test_rows_of_a_step_that_broke_off_are_never_sent(post: Post, small: SmallModel) -> None:
+    experts = remote(post, small, replicas=1)
+    staged = StagedExperts(experts, small.weights.ops)
+    x = torch.zeros(2, small.config.hidden_size, dtype=small.weights.norm.dtype)
+    staged.dispatch(min(small.experts), x, torch.zeros(2, 4, dtype=torch.int64))
+    assert staged.take_failed() == {}
+    assert experts.counters.hops == 0
+    local = small.network(LocalExperts(small.experts)).forward(batch(small))
+    assert torch.equal(small.network(staged).forward(batch(small)).logits, local.logits)
