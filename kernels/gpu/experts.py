@@ -29,11 +29,12 @@ def w13_fp8_kernel(
     column_tile = tl.program_id(0)
     tile = tl.program_id(1)
     num_rows = tl.load(tile_rows_ptr + tile)
+    expert = tl.load(tile_expert_ptr + tile)
+    first_row = tl.load(tile_row_ptr + tile)
     if num_rows > 0:
-        expert = tl.load(tile_expert_ptr + tile)
         place = tl.arange(0, TOKENS)
         inside = place < num_rows
-        row = tl.load(tile_row_ptr + tile).to(tl.int64) + place
+        row = first_row.to(tl.int64) + place
         pair = tl.load(pair_ptr + row, mask=inside, other=0)
         x_row = tl.load(row_ptr + pair, mask=inside, other=0).to(tl.int64)
         depth = tl.arange(0, 128)
@@ -50,9 +51,9 @@ def w13_fp8_kernel(
         up = tl.zeros((128, TOKENS), tl.float32)
         for step in tl.range(0, steps):
             column = step * 128 + depth
-            x = tl.load(x_rows + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0).T
-            w_gate = w_tiles.load([gate_row, step * 128])
+            w_gate = w_tiles.load([gate_row, step * 128])  # first: their places need no look at the index
             w_up = w_tiles.load([gate_row + I, step * 128])
+            x = tl.load(x_rows + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0).T
             by_gate = tl.broadcast_to((x_scale * gate_scale)[None, :], (128, TOKENS))
             by_up = tl.broadcast_to((x_scale * up_scale)[None, :], (128, TOKENS))
             ahead = tl.minimum(step + 1, steps - 1)
@@ -77,9 +78,9 @@ def w2_fp8_kernel(
     column_tile = tl.program_id(0)
     tile = tl.program_id(1)
     num_rows = tl.load(tile_rows_ptr + tile)
+    expert = tl.load(tile_expert_ptr + tile)
+    first_row = tl.load(tile_row_ptr + tile)
     if num_rows > 0:
-        expert = tl.load(tile_expert_ptr + tile)
-        first_row = tl.load(tile_row_ptr + tile)
         place = tl.arange(0, TOKENS)
         inside = place < num_rows
         steps = I // 128

@@ -23,11 +23,12 @@ def w13_bf16_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tile = tl.program_id(1)
     num_rows = tl.load(tile_rows_ptr + tile)
+    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    first_row = tl.load(tile_row_ptr + tile)
     if num_rows > 0:
-        expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
         place = tl.arange(0, TOKENS)
         inside = place < num_rows
-        row = tl.load(tile_row_ptr + tile).to(tl.int64) + place
+        row = first_row.to(tl.int64) + place
         pair = tl.load(pair_ptr + row, mask=inside, other=0)
         x_rows = x_ptr + tl.load(row_ptr + pair, mask=inside, other=0).to(tl.int64)[:, None] * x_stride
         gate_rows = w_ptr + (expert * 2 * I + column)[:, None] * K
@@ -55,11 +56,12 @@ def w2_bf16_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tile = tl.program_id(1)
     num_rows = tl.load(tile_rows_ptr + tile)
+    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    first_row = tl.load(tile_row_ptr + tile)
     if num_rows > 0:
-        expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
         place = tl.arange(0, TOKENS)
         inside = place < num_rows
-        row = tl.load(tile_row_ptr + tile).to(tl.int64) + place
+        row = first_row.to(tl.int64) + place
         x_rows = x_ptr + row[:, None] * I
         w_rows = w_ptr + (expert * H + column)[:, None] * I
         total = tl.zeros((COLUMNS, TOKENS), tl.float32)

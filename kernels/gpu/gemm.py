@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .norm import Quantised
 from .scales import GROUP
-from .splits import Tiling, merge, room_for_parts, tiling_of
+from .splits import L2_TILES, Tiling, in_sixteens, merge, narrowed, room_for_parts, tile_places, tiling_of
 
 BF16_DEPTH = 64
 TMA_ALIGNMENT = 16  # bytes, of a row
@@ -62,11 +62,11 @@ def fp8_kernel(
 @triton.jit(do_not_specialize=["M", "x_scale_stride", "part_steps"])
 def fp8_stream_kernel(
     x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, steps, x_scale_stride, out_stride, part_steps,
-    HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, IN_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, IN_PARTS: tl.constexpr, L2_TILES: tl.constexpr,
 ):  # fmt: skip
     """The same for many rows, 128 outputs a program: warp-specialised, which allows one product in one loop."""
-    first_row = tl.program_id(0) * TOKENS
-    tile = tl.program_id(1)
+    token_tile, tile = tile_places(L2_TILES)
+    first_row = token_tile * TOKENS
     row = first_row + tl.arange(0, TOKENS)
     total = tl.zeros((128, TOKENS), tl.float32)
     part = tl.zeros((128, TOKENS), tl.float32)
@@ -158,7 +158,9 @@ def parts_bf16(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def bf16_tiling(x: Tensor, weight: Tensor) -> Tiling:
-    return tiling_of(x.shape[0], weight.shape[0], triton.cdiv(weight.shape[1], BF16_DEPTH))
+    (num_rows, depth), num_outputs = x.shape, weight.shape[0]
+    tiling = tiling_of(num_rows, num_outputs, triton.cdiv(depth, BF16_DEPTH))
+    return tiling if in_sixteens(depth, x.stride(0), x.data_ptr()) else narrowed(tiling)
 
 
 def tiles_of(matrix: Tensor, rows: int) -> TensorDescriptor:
@@ -190,7 +192,13 @@ def run_fp8(
     grid, has_bias = tiling.grid(num_rows, num_outputs), bias is not None
     if tiling.is_large:
         fp8_stream_kernel[grid](
-            *operands, HAS_BIAS=has_bias, TOKENS=tiling.tokens, IN_PARTS=tiling.parts > 1, num_warps=4, num_stages=4
+            *operands,
+            HAS_BIAS=has_bias,
+            TOKENS=tiling.tokens,
+            IN_PARTS=tiling.parts > 1,
+            L2_TILES=L2_TILES,
+            num_warps=4,
+            num_stages=4,
         )
     else:
         fp8_kernel[grid](

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .splits import token_tile
+from .splits import in_sixteens, token_tile
 
 DEPTH = 64
 FEW_OUTPUTS = 128  # a head's product of so few outputs is cut into tiles of 64, so that 128 heads fill 132 SMs
@@ -49,6 +49,9 @@ def head_linear(x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor
     if num_rows == 0:
         return out
     tokens, outputs = token_tile(num_rows), 64 if num_outputs <= FEW_OUTPUTS else 128
+    strides = *x.stride()[:2], *(stride for stride in weights.stride() if stride != 1)
+    if not in_sixteens(depth, num_outputs, *strides, x.data_ptr(), weights.data_ptr()):
+        tokens, outputs = 16, 64
     head_kernel[(triton.cdiv(num_rows, tokens), triton.cdiv(num_outputs, outputs), num_heads)](
         x, weights, out, num_rows, num_outputs, depth, x.stride(0), x.stride(1), *weights.stride(),
         out.stride(0), out.stride(1), TOKENS=tokens, OUTPUTS=outputs, DEPTH=DEPTH,

@@ -16,7 +16,7 @@ from .norm import Quantised, empty_quantised
 from .scales import group_codes, group_scale
 from .splits import sum_of_parts
 
-BLOCK = 512
+BLOCK = 1024
 
 
 @triton.jit

@@ -8,7 +8,7 @@ same bits either way (law 5), and so it has whatever the tiles: these may follow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from torch import Tensor
 SMS = 132  # of an H100 and of an H200; a constant of the bits, not of the machine at hand
 SMS_BUSY = 2 * SMS  # programs, from which on larger tiles cost nothing
 LEAST_STEPS = 8  # a part of fewer steps over K would spend its time on starting
+L2_TILES = 16  # token tiles that go through all weight tiles together: as many rows of both as L2 holds
 FEW_ROWS = 128  # one token tile: the weights' bytes bind, so small tiles that keep every SM reading
 
 
@@ -63,6 +64,27 @@ def tiling_of(num_rows: int, num_outputs: int, steps: int) -> Tiling:
     if num_rows > FEW_ROWS and tiles * parts > SMS_BUSY:
         return Tiling(tokens, 128, parts, part_steps, programs=1)
     return Tiling(tokens, 64, parts, part_steps, programs=parts)
+
+
+def narrowed(tiling: Tiling) -> Tiling:
+    """For operands that cannot be read 16 bytes at a time: addresses fill the registers, so tiles must be small."""
+    return replace(tiling, tokens=16, outputs=64)
+
+
+def in_sixteens(*numbers: int) -> bool:
+    """Whether these sizes, strides and addresses let Triton read 16 bytes at a time."""
+    return all(number % 16 == 0 for number in numbers)
+
+
+@triton.jit
+def tile_places(L2_TILES: tl.constexpr):
+    """Place of this program's token tile and weight tile: token tiles fastest, L2_TILES of them at a time."""
+    group_size = L2_TILES * tl.num_programs(1)
+    index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    first = index // group_size * L2_TILES
+    tokens = tl.minimum(tl.num_programs(0) - first, L2_TILES)
+    within = index % group_size
+    return first + within % tokens, within // tokens
 
 
 @triton.jit(do_not_specialize=["M"])
