@@ -18,7 +18,7 @@ from ..router.fair_queue import FairQueue
 from ..router.prefix_keys import prefix_keys
 from .sequence import Sequence
 
-LEAST_SHARE, LARGEST_SHARE = 1 / 8, 1 / 2  # of a step's rows, for prompts while sequences decode
+LEAST_SHARE, LARGEST_SHARE = 1 / 8, 1 / 4  # of a step's rows, for prompts while sequences decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,8 @@ class Scheduler:
 
         As large a share as those who could have rows are among all who want a token: where many prompts come at once
         most of those waiting wait for their first one, and few large steps bring them it sooner than many small ones.
-        At most half of them all the same, so that the time between two tokens stays within what half a batch takes.
+        A quarter at most all the same: the time between two tokens stays within what a quarter of a batch takes, and
+        larger shares brought the prompts next to nothing (docs/performance.md).
         """
         num_running = sum(sequence.num_computed + 1 == len(sequence.tokens) for sequence in self.decoding)
         if not num_running:
