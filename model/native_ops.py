@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import native, native_attention, native_rows, native_tape
+from ..kernels.attention import KV_SPLIT
 from ..kernels.native import PackedMatrix, PackedStack
 from .config import ModelConfig
 
@@ -40,6 +41,10 @@ class NativeOps:
     @property
     def device(self) -> torch.device:
         return CPU
+
+    @property
+    def kv_split(self) -> int:
+        return KV_SPLIT
 
     def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
         """Torch computes nothing that is worth a second thread, and its idle ones would spin against ours."""

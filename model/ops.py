@@ -43,6 +43,11 @@ class Ops(Protocol):
         """Where every tensor lies that the operations read and write."""
         ...
 
+    @property
+    def kv_split(self) -> int:
+        """Positions of a sequence that attention's sums go over before they are merged with those of others."""
+        ...
+
     def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
         """Threads of this process that compute, the calling one among them.
 

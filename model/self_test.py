@@ -14,16 +14,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..kernels.attention import KV_SPLIT
+from ..kernels.quant import BLOCK, BlockFp8, quantise
 from .config import ModelConfig
 from .kv_cache import BLOCK_SIZE
-from .ops import Ops
-from .tensor_names import expert_tensors, layer_tensors
+from .ops import Ops, Weight
+from .tensor_names import expert_tensors, is_quantised_in_fp8, layer_tensors
 
 NUM_ROWS = 40
 SLICES = ((0, 1), (39, 40), (1, 3), (2, 5), (3, 7), (4, 9), (0, 11), (7, 15), (5, 38))
+GPU_ROWS = 300  # several of a GPU's tiles, which hold up to 128
+GPU_SLICES = (*SLICES, (20, 90), (3, 130), (50, 300))
 MAX_WEIGHT = 1 << 19  # numbers; of a larger matrix some output columns are tested: rounding goes along its depth
 MAX_HEADS = 8
+NUM_EXPERTS = 3
 
 
 class SelfTestError(RuntimeError):
@@ -38,10 +41,10 @@ def self_test(
     config: ModelConfig, dtype: torch.dtype, ops: Ops, role: Literal["attention", "experts"] = "attention"
 ) -> None:
     """Raises SelfTestError that names the kernel and the shape."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # of the host: the same numbers on every device
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(ops.device, dtype)
 
     _test_linear(config, role, ops, random)
     if role == "attention":
@@ -52,11 +55,27 @@ def self_test(
         _test_grouped_mlp(config, ops, random)
 
 
+def _num_rows(ops: Ops) -> int:
+    return NUM_ROWS if ops.device.type == "cpu" else GPU_ROWS
+
+
 def _test_slices(kernel: str, rows: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
     """`compute` works row by row."""
-    whole = compute(rows)
-    for first, last in SLICES:
-        _compare(kernel, f"{last - first} rows of {NUM_ROWS}", compute(rows[first:last]), whole[first:last])
+    _test_parts(kernel, "rows", len(rows), lambda first, last: compute(rows[first:last]))
+
+
+def _test_parts(kernel: str, what: str, num_rows: int, compute: Callable[[int, int], Tensor]) -> None:
+    whole = compute(0, num_rows)
+    for first, last in SLICES if num_rows == NUM_ROWS else GPU_SLICES:
+        _compare(kernel, f"{last - first} {what} of {num_rows}", compute(first, last), whole[first:last])
+
+
+def _as_stored(ops: Ops, is_fp8: bool, weight: Tensor, num_joined: int = 1) -> Weight:
+    """weight: [N, K], of so many matrices of one size; in fp8 where a checkpoint has it so and the family keeps it."""
+    if not (is_fp8 and ops.keeps_fp8([weight.shape[0] // num_joined] * num_joined, weight.shape[1])):
+        return weight
+    codes, scales = quantise(weight.cpu())
+    return BlockFp8(codes.to(ops.device), scales.to(ops.device))
 
 
 def _test_linear(config: ModelConfig, role: str, ops: Ops, random: Random) -> None:
@@ -66,21 +85,26 @@ def _test_linear(config: ModelConfig, role: str, ops: Ops, random: Random) -> No
         tensors = {**tensors, **layer_tensors(config, 0), **layer_tensors(config, moe_layer)}
         tensors["lm_head"] = (config.vocab_size, config.hidden_size)
         queries = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
-        tensors["qkv_a_proj"] = (queries + config.latent_dim, config.hidden_size)
-    for outputs, inputs in sorted({shape for shape in tensors.values() if len(shape) == 2}):
-        weight = ops.pack(random(max(min(outputs, MAX_WEIGHT // inputs), 1), inputs))
-        _test_slices(f"linear [{outputs}, {inputs}]", random(NUM_ROWS, inputs), partial(ops.linear, weight=weight))
+        tensors["qkv_a_proj.weight"] = (queries + config.latent_dim, config.hidden_size)
+    matrices = {(*shape, is_quantised_in_fp8(name)) for name, shape in tensors.items() if len(shape) == 2}
+    for outputs, inputs, is_fp8 in sorted(matrices):
+        weight = _as_stored(ops, is_fp8, random(max(min(outputs, MAX_WEIGHT // inputs), 1), inputs))
+        multiply = partial(ops.linear, weight=ops.pack(weight))
+        _test_slices(f"linear [{outputs}, {inputs}]", random(_num_rows(ops), inputs), multiply)
 
 
 def _test_row_kernels(config: ModelConfig, ops: Ops, random: Random) -> None:
     hidden, inner = config.hidden_size, config.moe_intermediate_size or config.intermediate_size
+    x = random(_num_rows(ops), hidden)
     if config.n_routed_experts is not None:
         gate = ops.pack_gate(random(config.n_routed_experts, hidden))
-        _test_slices("gate", random(NUM_ROWS, hidden), partial(ops.wide_linear, weight=gate))
+        _test_slices("gate", x, partial(ops.wide_linear, weight=gate))
     norm = partial(ops.rms_norm, weight=random(hidden), eps=config.rms_norm_eps)
-    _test_slices("rms_norm", random(NUM_ROWS, hidden), norm)
-    w13, w2 = ops.pack(random(2 * inner, hidden), is_gate_up=True), ops.pack(random(hidden, inner))
-    _test_slices("swiglu_mlp", random(NUM_ROWS, hidden), partial(ops.swiglu_mlp, w13=w13, w2=w2))
+    _test_slices("rms_norm", x, norm)
+    w13 = _as_stored(ops, True, random(2 * inner, hidden), 2)
+    w2 = _as_stored(ops, isinstance(w13, BlockFp8), random(hidden, inner))
+    mlp = partial(ops.swiglu_mlp, w13=ops.pack(w13, is_gate_up=True), w2=ops.pack(w2))
+    _test_slices("swiglu_mlp", x, mlp)
 
 
 def _test_heads(config: ModelConfig, ops: Ops, random: Random) -> None:
@@ -92,50 +116,58 @@ def _test_heads(config: ModelConfig, ops: Ops, random: Random) -> None:
     ):
         weights = ops.pack_heads(random(heads, outputs, inputs))
         project = partial(ops.head_linear, weights=weights)
-        _test_slices(f"head_linear [{outputs}, {inputs}]", random(NUM_ROWS, heads, inputs), project)
+        _test_slices(f"head_linear [{outputs}, {inputs}]", random(_num_rows(ops), heads, inputs), project)
 
 
 def _test_attention(config: ModelConfig, ops: Ops, random: Random) -> None:
     """A sequence a little longer than one split, whole and in parts, in both forms, with unwritten rows poisoned."""
-    heads, length = min(config.num_attention_heads, MAX_HEADS), KV_SPLIT + 9
+    heads, num_rows = min(config.num_attention_heads, MAX_HEADS), _num_rows(ops)
+    length = max(ops.kv_split, num_rows) + 9
     blocks = torch.arange(length // BLOCK_SIZE, -1, -1)
     cache = random(len(blocks), BLOCK_SIZE, config.latent_dim)
     cache[int(blocks[-1]), length % BLOCK_SIZE :] = float("nan")
+    blocks = blocks.to(ops.device)
     scale, value_dim, lora = config.softmax_scale, config.v_head_dim, config.kv_lora_rank
     kv_b_proj = ops.pack(random(heads * (config.qk_nope_head_dim + value_dim), lora))
-    start = length - NUM_ROWS
-    q = random(NUM_ROWS, heads, config.qk_head_dim)
+    start = length - num_rows
+    q = random(num_rows, heads, config.qk_head_dim)
 
     def prefill(first: int, last: int) -> Tensor:
         plan = ops.plan_prefill(start + first, last - first, blocks)
         return ops.mla_prefill(q[first:last], cache, kv_b_proj, plan, scale, value_dim)
 
-    absorbed = random(NUM_ROWS, heads, config.latent_dim)
+    absorbed = random(num_rows, heads, config.latent_dim)
 
     def decode(first: int, last: int) -> Tensor:
-        positions = torch.arange(start + first, start + last)
+        positions = torch.arange(start + first, start + last).to(ops.device)
         plan = ops.plan_decode(positions, blocks.repeat(len(positions), 1), config.latent_dim)
         return ops.mla_decode(absorbed[first:last], cache, plan, scale, lora)
 
-    for kernel, compute in (("mla_prefill", prefill), ("mla_decode", decode)):
-        whole = compute(0, NUM_ROWS)
-        for first, last in SLICES:
-            part = compute(first, last)
-            _compare(f"{kernel} {heads} heads", f"{last - first} rows of {NUM_ROWS}", part, whole[first:last])
+    _test_parts(f"mla_prefill {heads} heads", "rows", num_rows, prefill)
+    _test_parts(f"mla_decode {heads} heads", "rows", num_rows, decode)
 
 
 def _test_grouped_mlp(config: ModelConfig, ops: Ops, random: Random) -> None:
-    hidden, inner = config.hidden_size, min(config.moe_intermediate_size, max(MAX_WEIGHT // config.hidden_size, 8))
-    w13, w2 = (
-        ops.pack_experts(random(3, 2 * inner, hidden), is_gate_up=True),
-        ops.pack_experts(random(3, hidden, inner)),
-    )
-    x, expert = random(NUM_ROWS, hidden), torch.arange(NUM_ROWS) * 7 % 3
-    rows = torch.arange(NUM_ROWS)
-    whole = ops.grouped_mlp(x, rows, expert, w13, w2)
-    for first, last in SLICES:
-        part = ops.grouped_mlp(x, rows[first:last], expert[first:last], w13, w2)
-        _compare(f"grouped_mlp [{2 * inner}, {hidden}]", f"{last - first} pairs", part, whole[first:last])
+    hidden, num_rows = config.hidden_size, _num_rows(ops)
+    inner = min(config.moe_intermediate_size, max(MAX_WEIGHT // hidden // BLOCK[0], 1) * BLOCK[0])
+    w13 = [_as_stored(ops, True, random(2 * inner, hidden), 2) for _ in range(NUM_EXPERTS)]
+    w2 = [_as_stored(ops, isinstance(w13[0], BlockFp8), random(hidden, inner)) for _ in range(NUM_EXPERTS)]
+    stacks = ops.pack_experts(_stacked(w13), is_gate_up=True), ops.pack_experts(_stacked(w2))
+    x, pairs = random(num_rows, hidden), torch.arange(num_rows)
+    rows, experts = pairs.to(ops.device), (pairs * 7 % NUM_EXPERTS).to(ops.device)
+
+    def compute(first: int, last: int) -> Tensor:
+        return ops.grouped_mlp(x, rows[first:last], experts[first:last], *stacks)
+
+    _test_parts(f"grouped_mlp [{2 * inner}, {hidden}]", "pairs", num_rows, compute)
+
+
+def _stacked(matrices: list[Weight]) -> Weight:
+    floats = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+    if floats:
+        return torch.stack(floats)
+    codes, scales = zip(*matrices, strict=True)
+    return BlockFp8(torch.stack(codes), torch.stack(scales))
 
 
 def _compare(kernel: str, case: str, part: Tensor, whole: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import attention, reference
-from ..kernels.attention import DecodePlan, PrefillPlan
+from ..kernels.attention import KV_SPLIT, DecodePlan, PrefillPlan
 from ..router.gate import route
 from .config import ModelConfig
 from .kv_cache import BLOCK_SIZE
@@ -31,6 +31,10 @@ class TorchOps:
     @property
     def device(self) -> torch.device:
         return CPU
+
+    @property
+    def kv_split(self) -> int:
+        return KV_SPLIT
 
     def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
         """Of the calling thread: OpenMP counts per thread. Its idle threads spin: no more than the share of cores."""

@@ -13,7 +13,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ..kernels.gpu import attention_decode, attention_prefill, combine, experts, gate, gemm, heads, mlp, norm
+from ..kernels.gpu import (
+    attention_decode,
+    attention_prefill,
+    combine,
+    experts,
+    experts_bf16,
+    gate,
+    gemm,
+    heads,
+    mlp,
+    norm,
+)
 from ..kernels.gpu.attention_decode import DecodePlan
 from ..kernels.gpu.attention_prefill import PrefillPlan
 from ..kernels.gpu.index import dispatch_index
@@ -62,6 +73,11 @@ class TritonOps:
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def kv_split(self) -> int:
+        """The prompt form's, which the other's divides; the interpreter only ever sees short sequences."""
+        return BLOCK_SIZE if self._graphs is None else attention_prefill.PIECE
 
     def set_threads(self, num_threads: int, max_threads: int | None = None) -> None:
         """The host only plans and launches."""
@@ -116,16 +132,17 @@ class TritonOps:
         rows = self.tensor(x)
         if isinstance(weight, GateWeight):
             return gate.gate_logits(rows, weight.weight, out)
-        num_outputs = (weight.codes if isinstance(weight, BlockFp8) else weight).shape[0]
-        out = torch.empty(rows.shape[0], num_outputs, device=self._device) if out is None else out
+        out = torch.empty(rows.shape[0], _shape(weight)[0], device=self._device) if out is None else out
         return self.linear(x, weight, out=out)
 
     def head_linear(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         return heads.head_linear(x, weights, out)
 
     def swiglu_mlp(self, x: Operand, w13: Weight, w2: Weight, out: Tensor | None = None) -> Tensor:
-        if isinstance(w13, BlockFp8) and isinstance(w2, BlockFp8):
+        if isinstance(w13, BlockFp8):
+            assert isinstance(w2, BlockFp8), "w13 is fp8 and w2 is not"
             return mlp.swiglu_mlp_fp8(self._quantised(x), *w13, *w2, self._ue8m0, out)
+        assert isinstance(w2, Tensor), "w2 is fp8 and w13 is not"
         return mlp.swiglu_mlp_bf16(self.tensor(x), w13, w2, out)
 
     def grouped_mlp(
@@ -139,14 +156,14 @@ class TritonOps:
     ) -> Tensor:
         """An expert of -1 is somebody else's: `out` keeps what it has."""
         if out is None:
-            out = torch.empty(
-                len(row_of_pair), self.tensor(x).shape[1], dtype=self.tensor(x).dtype, device=self._device
-            )
-        if isinstance(w13, BlockFp8) and isinstance(w2, BlockFp8):
-            index = dispatch_index(expert_of_pair, w13.codes.shape[0])
+            rows = self.tensor(x)
+            out = rows.new_empty(len(row_of_pair), rows.shape[1])
+        index = dispatch_index(expert_of_pair, _shape(w13)[0])
+        if isinstance(w13, BlockFp8):
+            assert isinstance(w2, BlockFp8), "w13 is fp8 and w2 is not"
             return experts.grouped_mlp_fp8(self._quantised(x), row_of_pair, index, *w13, *w2, self._ue8m0, out)
-        index = dispatch_index(expert_of_pair, w13.shape[0])
-        return experts.grouped_mlp_bf16(self.tensor(x), row_of_pair, index, w13, w2, out)
+        assert isinstance(w2, Tensor), "w2 is fp8 and w13 is not"
+        return experts_bf16.grouped_mlp_bf16(self.tensor(x), row_of_pair, index, w13, w2, out)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Operand | None = None) -> Operand:
         return self._norm(x, None, weight, eps, out)
@@ -208,8 +225,8 @@ class TritonOps:
         v_head_dim: int,
         out: Tensor | None = None,
     ) -> Tensor:
-        expand = partial(self.linear, weight=kv_b)
-        return attention_prefill.mla_prefill(q, cache_layer, expand, plan, softmax_scale, v_head_dim, out)
+        expand, rank = partial(self.linear, weight=kv_b), _shape(kv_b)[1]
+        return attention_prefill.mla_prefill(q, cache_layer, expand, plan, softmax_scale, rank, v_head_dim, out)
 
     def route(
         self,
@@ -233,3 +250,7 @@ class TritonOps:
 
     def combine(self, shared: Tensor | None, rows: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
         return combine.combine(shared, rows, topk_weights, out)
+
+
+def _shape(weight: Weight) -> torch.Size:
+    return (weight.codes if isinstance(weight, BlockFp8) else weight).shape

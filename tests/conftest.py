@@ -1,5 +1,6 @@
 """What tests of several rooms share: the wheel, built once from a copy so that the working copy stays as it is."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Triton reads it when it is imported first, which transformers does too: it comes before all test modules.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,250 @@
+"""A whole network through the Triton kernels, in the interpreter: as good as torch's bf16, and row-invariant.
+
+The bounds on errors are shares of the logits' own spread. Weights and activations of an fp8 checkpoint carry 4 bits of
+mantissa, so that two layers of it are allowed 6%; in bf16 the reference family's own error is the measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton_interpreter
+from safetensors.torch import load_file
+from torch import Tensor
+
+from braid.kernels.quant import BlockFp8
+from braid.model.checkpoint import Checkpoint
+from braid.model.deepseek import Batch, DeepSeekModel, Segment
+from braid.model.experts import LocalExperts
+from braid.model.kv_cache import LatentCache
+from braid.model.mtp import MtpModule
+from braid.model.network_weights import AttentionWeights, ExpertWeights
+from braid.model.ops import Ops
+from braid.model.self_test import self_test
+from braid.model.torch_ops import TorchOps
+from braid.model.triton_ops import Normed, TritonOps
+from braid.model.weights import load_attention, load_experts
+
+triton_interpreter.repair()
+
+CPU = torch.device("cpu")
+BF16, F32 = torch.bfloat16, torch.float32
+WriteCheckpoint = Callable[..., Path]
+BLOCKS = [2, 0, 3, 1]
+
+# Sizes that fill neither a tile nor a block of scales; a dense layer whose MLP cannot stay fp8, as its halves do not
+# begin at one; shared and routed experts that can.
+FP8: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 128,
+    "intermediate_size": 136,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 0.5,  # a row that chooses another expert by a hair need not give another token
+}
+PLAIN: dict[str, Any] = {
+    **FP8,
+    "hidden_size": 66,
+    "q_lora_rank": None,
+    "kv_lora_rank": 22,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "moe_intermediate_size": 30,
+    "attention_bias": True,
+    "num_attention_heads": 3,
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    weights: AttentionWeights
+    experts: dict[int, ExpertWeights]
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, path: Path, dtype: torch.dtype, ops: Ops) -> Loaded:
+        checkpoint = Checkpoint(path)
+        weights = load_attention(checkpoint, checkpoint.config, dtype, has_mtp=True, ops=ops)
+        every = range(checkpoint.config.n_routed_experts or 0)
+        experts = load_experts(checkpoint, checkpoint.config, range(3), every, dtype, ops=ops)
+        return cls(weights, experts, checkpoint, dtype)
+
+    def network(self) -> DeepSeekModel:
+        """Over a cache whose unwritten rows are NaN, with a layer for the MTP module."""
+        cache = LatentCache(self.checkpoint.config, len(BLOCKS), self.dtype, 3)
+        for layer in cache.layers:
+            layer.fill_(torch.nan)
+        return DeepSeekModel(self.checkpoint.config, self.weights, cache, LocalExperts(self.experts))
+
+
+def triton_ops(path: Path) -> TritonOps:
+    return TritonOps(CPU, Checkpoint(path).config.quantization)
+
+
+def token_ids(count: int) -> Tensor:
+    return torch.randint(160, (count,), generator=torch.Generator().manual_seed(1))
+
+
+def run(network: DeepSeekModel, ids: Tensor, start: int, absorbed: bool) -> Tensor:
+    logits: Tensor = network.forward(
+        Batch(ids, [Segment(start, len(ids), BLOCKS, absorbed)], torch.arange(len(ids)))
+    ).logits
+    return logits
+
+
+def steps(network: DeepSeekModel, ids: Tensor, num_prompt: int) -> Tensor:
+    """The prompt in one piece, the rest as drafts that are verified: in one absorbed segment."""
+    prompt = run(network, ids[:num_prompt], 0, absorbed=False)
+    return torch.cat((prompt, run(network, ids[num_prompt:], num_prompt, absorbed=True)))
+
+
+def error(logits: Tensor, exact: Tensor) -> float:
+    """Of a typical number, as a share of the logits' spread. A median: a row may choose another expert."""
+    assert not logits.isnan().any()
+    return float((logits - exact).abs().median() / exact.std())
+
+
+def assert_same_tokens(logits: Tensor, exact: Tensor, margin: float) -> None:
+    """Where the best token leads by more than `margin` spreads."""
+    best = exact.topk(2, dim=1)
+    leads = (best.values[:, 0] - best.values[:, 1]) / exact.std() > margin
+    assert leads.sum() >= 3, "hardly a row leads by that much: the test would prove little"
+    assert torch.equal(logits.argmax(1)[leads], best.indices[:, 0][leads])
+
+
+@pytest.fixture
+def fp8(write_checkpoint: WriteCheckpoint) -> Loaded:
+    path = write_checkpoint(dtype="fp8", changes=FP8)
+    return Loaded.of(path, BF16, triton_ops(path))
+
+
+@pytest.mark.parametrize("scale_format", ["fp8", "ue8m0"])
+def test_an_fp8_checkpoint(write_checkpoint: WriteCheckpoint, scale_format: str) -> None:
+    path, ids = write_checkpoint(dtype=scale_format, changes=FP8), token_ids(13)
+    quantization = Checkpoint(path).config.quantization
+    assert quantization is not None
+    ops = TritonOps(CPU, replace(quantization, scale_fmt="ue8m0" if scale_format == "ue8m0" else None))
+    exact = steps(Loaded.of(path, F32, TorchOps()).network(), ids, 10)
+    got = steps(Loaded.of(path, BF16, ops).network(), ids, 10)
+    assert error(got, exact) < 0.06
+    assert_same_tokens(got, exact, margin=0.15)
+
+
+def test_what_fp8_keeps_comes_as_it_is_stored(fp8: Loaded) -> None:
+    stored = {name: t for shard in fp8.checkpoint.shards for name, t in load_file(shard).items()}
+
+    def assert_stored(weight: Any, *names: str) -> None:
+        assert isinstance(weight, BlockFp8)
+        codes, scales = (torch.cat([stored[name + end] for name in names]) for end in ("", "_scale_inv"))
+        assert torch.equal(weight.codes.view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(weight.scales, scales)
+
+    dense, sparse = fp8.weights.layers
+    attention = "model.layers.1.self_attn."
+    assert_stored(sparse.qkv_a_proj, attention + "q_a_proj.weight", attention + "kv_a_proj_with_mqa.weight")
+    assert_stored(sparse.q_b_proj, attention + "q_b_proj.weight")
+    assert_stored(sparse.o_proj, attention + "o_proj.weight")
+    assert sparse.shared is not None
+    assert dense.mlp is not None
+    mlp = "model.layers.1.mlp.shared_experts."
+    assert_stored(sparse.shared.w13, mlp + "gate_proj.weight", mlp + "up_proj.weight")
+    assert_stored(sparse.shared.w2, mlp + "down_proj.weight")
+    assert dense.mlp.w13.dtype == dense.mlp.w2.dtype == sparse.kv_b_proj.dtype == BF16
+    for expert in range(4):
+        w13, w2 = (
+            BlockFp8(stack.codes[expert], stack.scales[expert]) for stack in (fp8.experts[1].w13, fp8.experts[1].w2)
+        )
+        mlp = f"model.layers.1.mlp.experts.{expert}."
+        assert_stored(w13, mlp + "gate_proj.weight", mlp + "up_proj.weight")
+        assert_stored(w2, mlp + "down_proj.weight")
+
+
+def test_a_bf16_checkpoint_of_odd_sizes_without_q_lora(write_checkpoint: WriteCheckpoint) -> None:
+    path, ids = write_checkpoint(changes=PLAIN), token_ids(13)
+    exact = steps(Loaded.of(path, F32, TorchOps()).network(), ids, 10)
+    theirs = steps(Loaded.of(path, BF16, TorchOps()).network(), ids, 10)
+    got = steps(Loaded.of(path, BF16, triton_ops(path)).network(), ids, 10)
+    assert error(got, exact) < 1.3 * error(theirs, exact)
+    assert_same_tokens(got, exact, margin=0.1)
+
+
+def test_fp8_weights_agree_with_the_same_in_bf16(fp8: Loaded) -> None:
+    ids = token_ids(6)
+    dequantised = Loaded.of(fp8.checkpoint.path, BF16, TritonOps(CPU))
+    assert isinstance(dequantised.weights.layers[1].o_proj, Tensor)
+    assert error(run(fp8.network(), ids, 0, False), run(dequantised.network(), ids, 0, False)) < 0.06
+
+
+def test_a_row_keeps_its_bits(fp8: Loaded) -> None:
+    """Chunks of a prompt, a segment of drafts, neighbours in both forms: a row's logits are one and the same."""
+    ids, other = token_ids(8), token_ids(20)[15:]
+    alone = fp8.network()
+    whole = run(alone, ids[:6], 0, False)
+    decoded = torch.cat([run(alone, ids[at : at + 1], at, True) for at in range(6, 8)])
+    network = fp8.network()
+    assert torch.equal(run(network, ids[:4], 0, False), whole[:4])
+    mixed = [Segment(4, 2, BLOCKS[:1], False), Segment(0, 5, BLOCKS[1:2], False)]
+    mixed_ids = torch.cat((ids[4:6], other))
+    logits = network.forward(Batch(mixed_ids, mixed, torch.arange(7))).logits
+    assert torch.equal(logits[:2], whole[4:])
+    drafts = [Segment(5, 1, BLOCKS[1:2], True), Segment(6, 2, BLOCKS[:1], True)]
+    logits = network.forward(Batch(torch.cat((other[:1], ids[6:])), drafts, torch.arange(3))).logits
+    assert torch.equal(logits[1:], decoded)
+
+
+def test_an_mtp_module_drafts(fp8: Loaded) -> None:
+    def drafted(loaded: Loaded, hidden: Tensor, absorbed: bool) -> Tensor:
+        config, main = loaded.checkpoint.config, loaded.network()
+        module = MtpModule(config, loaded.weights.mtp[0], main.cache, LocalExperts(loaded.experts), main.rope)
+        out = module.draft(hidden.to(loaded.dtype), ids, [Segment(0, 5, BLOCKS, absorbed)], torch.arange(5))
+        return out.logits
+
+    ids, reference = token_ids(5), Loaded.of(fp8.checkpoint.path, F32, TorchOps())
+    hidden = torch.randn(5, fp8.checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    for absorbed in (False, True):
+        assert error(drafted(fp8, hidden, absorbed), drafted(reference, hidden, absorbed)) < 0.06
+
+
+def test_a_plan_follows_its_memory() -> None:
+    ops, generator = TritonOps(CPU), torch.Generator().manual_seed(0)
+    cache = torch.randn(2, 64, 48, generator=generator).to(BF16)
+    q, positions, tables = (
+        torch.randn(2, 1, 48, generator=generator).to(BF16),
+        torch.tensor([3, 70]),
+        torch.zeros(2, 2).long(),
+    )
+    tables[:] = torch.tensor([1, 0])
+    plan = ops.plan_decode(positions, tables, 48)
+    positions.copy_(torch.tensor([65, 2]))
+    tables[0] = torch.tensor([0, 1])
+    again = ops.plan_decode(positions, tables, 48, plan)
+    assert again is plan
+    fresh = ops.plan_decode(positions.clone(), tables.clone(), 48)
+    assert torch.equal(ops.mla_decode(q, cache, plan, 0.2, 32), ops.mla_decode(q, cache, fresh, 0.2, 32))
+
+
+def test_norms_leave_what_products_read(fp8: Loaded) -> None:
+    ops, weights = fp8.weights.ops, fp8.weights.layers[1]
+    x, hidden = torch.randn(3, 144, generator=torch.Generator().manual_seed(0)).to(BF16), 144
+    operand = ops.operand(
+        torch.empty(3, hidden, dtype=BF16), lambda _name, width, dtype: torch.empty(3, width, dtype=dtype)
+    )
+    assert isinstance(operand, Normed)
+    normed = ops.rms_norm(x, weights.input_layernorm, 1e-6, out=operand)
+    assert torch.equal(ops.tensor(normed), ops.rms_norm(x, weights.input_layernorm, 1e-6))
+    assert torch.equal(ops.linear(normed, weights.qkv_a_proj), ops.linear(normed.rows, weights.qkv_a_proj))
+
+
+def test_it_passes_the_start_up_proof(fp8: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braid.model.self_test.SLICES", ((39, 40), (2, 20)))  # the interpreter is slow
+    self_test(fp8.checkpoint.config, BF16, fp8.weights.ops)
