@@ -104,7 +104,8 @@ def explain_refusal(pool: PoolPlan, nodes: Sequence[Node]) -> str:
         if told := _too_much(pool, resource, amount, fitting):
             return f"{wanted}: {told}"
     there = " and ".join(f"{sum(node.has(resource) for node in fitting):g} {resource}" for resource in pool.resources)
-    return f"{wanted}: {there} on {len(fitting)} fitting nodes, too many of them taken by others"
+    told = f"{wanted}: {there} on {len(fitting)} fitting nodes, too many of them taken by others"
+    return f"{told}; with a smaller share in gpus several workers use one GPU" if pool.gpus else told
 
 
 def gpus_needed(pools: Sequence[PoolPlan]) -> int:

@@ -73,7 +73,8 @@ def until(what: str, found: Callable[[], Any], timeout_s: float) -> Any:
 
 
 @contextmanager
-def ray_head(labels: str) -> Iterator[RayHead]:
+def ray_head(labels: str, num_gpus: int = 0) -> Iterator[RayHead]:
+    """`num_gpus`: that it believes in; they are nowhere, so that no worker finds one."""
     folder = Path(tempfile.mkdtemp(prefix="bh", dir="/tmp"))  # Ray's socket paths have at most 107 bytes
     gcs, dashboard, agent, agent_grpc, metrics, runtime_env, client = free_ports(7)
     env = {
@@ -87,9 +88,16 @@ def ray_head(labels: str) -> Iterator[RayHead]:
         "PIP_NO_DEPS": "1",  # or Ray fetches every dependency of a wheel in py_modules once more
     }
     env.pop("RAY_ADDRESS", None)
+    if num_gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(1000 + index) for index in range(num_gpus))
     command = [str(SCRIPTS / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=8"]
     command += [f"--temp-dir={folder}", f"--labels={labels}", "--object-store-memory=100000000"]
-    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [
+        f"--num-gpus={num_gpus}",
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+    ]
     command += [f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}"]
     command += [f"--runtime-env-agent-port={runtime_env}", f"--ray-client-server-port={client}"]
     with (folder / "ray.log").open("wb") as log:

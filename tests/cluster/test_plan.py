@@ -95,7 +95,11 @@ def test_gpus_reach_the_workers_and_their_places() -> None:
     [
         (gpu_pool(1), "3 x 1 CPU and 1 GPU, PACK: needs 3 GPU, the 2 fitting nodes have 1; lower workers or gpus"),
         (gpu_pool(0.5, "STRICT_PACK"), "all on one node needs 1.5 GPU, the largest has 1"),
-        (gpu_pool(0.25), "6 CPU and 1 GPU on 2 fitting nodes, too many of them taken by others"),
+        (
+            gpu_pool(0.25),
+            "6 CPU and 1 GPU on 2 fitting nodes, too many of them taken by others; with a smaller share in gpus several"
+            " workers use one GPU",
+        ),
     ],
 )
 def test_a_refusal_for_want_of_gpus_in_words(asked: PoolPlan, words: str) -> None:
