@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ from .staging import StagedExperts
 from .tracing import Tracer, setup_tracer
 from .view import ClusterView, Role, WorkerInfo
 
+if TYPE_CHECKING:
+    from .device_experts import DeviceExperts
+
 log = logging.getLogger(__name__)
 
 KV_SHARE = 0.2  # of the memory that is free after loading, when the spec names no kv_tokens
@@ -55,6 +58,10 @@ class ColocatedExperts(LocalExperts):
     phase = 0
     wait_s = 0.0
     has_waits = False
+    may_redo = False
+
+    def is_settled(self) -> bool:
+        return True
 
     def take_failed(self) -> dict[int, str]:
         return {}
@@ -91,13 +98,15 @@ class AttentionWorker:
             self_test(config, dtype, ops)
         self.endpoint = Endpoint(self.settings)
         self._tracer = setup_tracer(f"braid-{self.settings.role}", f"{self.settings.cluster}/{self.settings.name}")
-        self.experts: RemoteExperts | StagedExperts | ColocatedExperts
+        self.experts: RemoteExperts | DeviceExperts | ColocatedExperts
         self._remote: RemoteExperts | None = None
+        self._mail: DeviceExperts | None = None  # on a GPU: the way to expert workers of this host
         if self._local is not None:
             self.experts = ColocatedExperts(self._local)
         else:
             self._remote = RemoteExperts(self.endpoint, config.n_routed_experts or 0)
-            self.experts = StagedExperts(self._remote, ops) if device.is_gpu else self._remote
+            self._mail = self._mail_over(self._remote, ops) if device.is_gpu else None
+            self.experts = self._mail or self._remote
         num_layers = config.num_hidden_layers + len(self._weights.mtp[:1])
         num_blocks = self._num_blocks(config, dtype, num_layers)
         cache = LatentCache(config, num_blocks, dtype, num_layers, device.torch)
@@ -213,6 +222,15 @@ class AttentionWorker:
             **balance,
         }
 
+    def _mail_over(self, remote: RemoteExperts, ops: Ops) -> DeviceExperts:
+        from .device_experts import DeviceExperts, box_shape  # imports triton, which only torch for CUDA brings along
+
+        assert self.endpoint is not None
+        shape = box_shape(self.config, self.settings.max_batch_tokens)
+        made = DeviceExperts(StagedExperts(remote, ops), shape, self.endpoint.hello.host_id, ops.device, ops.tensor)
+        self.endpoint.on_death = made.bury
+        return made
+
     def _load(self, config: ModelConfig, dtype: torch.dtype, ops: Ops) -> None:
         every = tuple(range(config.n_routed_experts or 0))
         checkpoint = Checkpoint(self.settings.model_path)
@@ -248,6 +266,8 @@ class AttentionWorker:
                 events = endpoint.inbox(0.0 if busy else LOAD_INTERVAL_S)
                 for event in events:
                     requests.handle(event)
+                    if self._mail is not None:
+                        self._mail.hear(event)
                 self._swap_view(has_news=any(_is_expert_link(event) for event in events))
                 try:
                     busy = engine.step()
@@ -273,6 +293,8 @@ class AttentionWorker:
             names = [owner.worker for owner in view.expert_map.owners]
             links = {name: link for name in names if (link := self.endpoint.link_to(name)) is not None}
             self._remote.set_map(view.expert_map, links)
+            if self._mail is not None:
+                self._mail.set_map(view.expert_map, links)
 
     def _broadcast_load(self) -> None:
         assert self.endpoint is not None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gpu import mail
+from ..model.config import ModelConfig
 from ..model.experts import ExpertBackend
 from ..router.expert_map import ExpertMap
 from .links import Link
@@ -28,6 +29,8 @@ from .mailbox import BoxShape
 from .reactor import Event
 
 POLLS = 1 << 25  # of about a microsecond each: a worker that is silent for so long is given up
+MAX_POST_ROWS = 512  # more rows go in several posts; a peer's memory grows with it
+SLOTS = 2
 BIAS_INTERVAL = 16  # steps between two updates of the replica bias
 
 
@@ -78,6 +81,11 @@ class RowMemory:
         memory = min(enough, key=len)
         self.spare = [other for other in self.spare if other is not memory]
         return memory
+
+
+def box_shape(config: ModelConfig, max_batch_tokens: int) -> BoxShape:
+    """What each expert worker shares with an attention worker of such batches."""
+    return BoxShape(min(max_batch_tokens, MAX_POST_ROWS), config.num_experts_per_tok, config.hidden_size, SLOTS)
 
 
 class DeviceExperts:
@@ -168,6 +176,10 @@ class DeviceExperts:
         self._free.append(slot)
 
     # ---- what the engine asks for
+
+    @property
+    def may_redo(self) -> bool:
+        return self.can_be_noted
 
     @property
     def has_waits(self) -> bool:

@@ -52,6 +52,7 @@ class RemoteExperts:
     """
 
     has_waits = True
+    may_redo = False  # a slice is sent again, not the pass
     can_be_noted = False
 
     def __init__(self, mail: Mail, num_experts: int) -> None:
@@ -161,6 +162,9 @@ class RemoteExperts:
         for part in [part for part in handle.pending.values() if part.expires <= now]:
             part.link.close(f"no reply for {DISPATCH_DEADLINE_S:.0f} s to a dispatch of layer {handle.layer}")
             self._lost(part.link)
+
+    def is_settled(self) -> bool:
+        return True
 
     def end_step(self) -> None:
         """Moves the replica bias by the load of the last steps (law 6)."""

@@ -31,7 +31,18 @@ class ExpertSide(Protocol):
     """What the engine asks of dispatch besides the model's ExpertBackend; colocated experts never fail."""
 
     phase: int
-    has_waits: bool  # whether it calls `while_waiting` in every pass, while rows are away
+
+    @property
+    def has_waits(self) -> bool:
+        """Whether it calls `while_waiting` in every pass, while rows are away."""
+        ...
+
+    @property
+    def may_redo(self) -> bool:
+        """Whether a pass that loses rows must be run again: nothing of it may leave before `is_settled`."""
+        ...
+
+    def is_settled(self) -> bool: ...
 
     @property
     def wait_s(self) -> float: ...
@@ -183,6 +194,8 @@ class Drafter:
             if token_id is not None:
                 sequence.drafts.append(token_id)
                 guessed.append((sequence, (drafted.hidden, place, 1)))
+        if self.experts.may_redo:
+            self.experts.is_settled()  # what was lost here costs drafts only
         if is_decode:
             self.speculation.draft_costs.observe(len(next_ids), time.perf_counter() - started)
         return guessed

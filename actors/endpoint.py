@@ -30,13 +30,18 @@ STOP_TIMEOUT_S = 10.0
 DialError = LinkError | ValueError | OSError
 
 
+def _nothing(link: Link) -> None:
+    pass
+
+
 class Endpoint:
     """`inbox` and `poll` belong to the serving thread; `apply`, `wake` and `stop` may be called from others."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self.hello = Hello(settings.name, settings.role, settings.incarnation, host_id())
-        self._death_watch = DeathWatch()
+        self.on_death: Callable[[Link], None] = _nothing  # told at once, on the death watch's thread
+        self._death_watch = DeathWatch(lambda link: self.on_death(link))
         self.reactor = Reactor(self._death_watch)
         self.stopping = False
         self.failure: BaseException | None = None

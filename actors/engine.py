@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from ..model.config import ModelConfig
-from ..model.deepseek import Batch, DeepSeekModel, Segment
+from ..model.deepseek import Batch, DeepSeekModel, ForwardOutput, OnLayer, Segment
 from ..model.sampler import Ask, NothingToSample, RowSampler, SampledToken, prompt_logprobs, sampler_for
 from .ahead import Ahead, look_ahead
 from .drafter import Computed, Drafter, ExpertSide
@@ -91,9 +91,7 @@ class Engine:
         count = self.overlap.choose(phase, num_rows)
         begun, self._running = time.perf_counter(), plan
         try:
-            output = self.model.forward(batch, on_layer, count)
-            if output.logits.is_cuda:
-                self.meanwhile()
+            output, sampler = self._forward(plan, batch, on_layer, count)
         finally:
             self._running = []
             lost_rows = self.experts.take_failed()  # rows of this batch: none may be left for the next one
@@ -102,7 +100,7 @@ class Engine:
         self.experts.end_step()
         self.requests.counters["steps"] += 1
         self.requests.counters["tokens"] += len(batch.token_ids)
-        computed = self._postprocess(plan, output.logits, lost_rows)
+        computed = self._postprocess(plan, output.logits, sampler, lost_rows)
         if self.drafter is not None:
             if prompts:
                 self.requests.peers.flush()  # a first token need not wait until the module has read its prompt
@@ -111,9 +109,26 @@ class Engine:
             self.forward_s += self.drafter.run(computed, output.hidden, len(self.scheduler.decoding), on_layer)
         self.requests.hand_over_ready(plan)
 
-    def _postprocess(self, plan: Plan, logits: torch.Tensor, lost_rows: dict[int, str]) -> list[Computed]:
+    def _forward(self, plan: Plan, batch: Batch, on_layer: OnLayer, count: int) -> tuple[ForwardOutput, RowSampler]:
+        """Once, or, where rows can be lost on the way, until none was: the same inputs give the same bits (law 4)."""
+        while True:
+            may_redo = self.experts.may_redo
+            output = self.model.forward(batch, None if may_redo else on_layer, count)
+            sampler = sampler_for(output.logits, lambda: self._asks(plan))
+            if output.logits.is_cuda:
+                self.meanwhile()
+            if not may_redo:
+                return output, sampler
+            if self.experts.is_settled():
+                for layer in range(len(self.model.layers)):
+                    on_layer(layer)
+                return output, sampler
+
+    def _postprocess(
+        self, plan: Plan, logits: torch.Tensor, sampler: RowSampler, lost_rows: dict[int, str]
+    ) -> list[Computed]:
         """Chunk by chunk: fails, scores, samples, ends or goes on. Returns the rows that stay."""
-        sampler, computed = sampler_for(logits, lambda: self._asks(plan)), list[Computed]()
+        computed = list[Computed]()
         row = logit_row = 0
         for chunk in plan:
             has_sampled, num_logits, num_drafts = chunk.is_last, _num_logit_rows(chunk), len(chunk.drafts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from .loading import Loading, memory_checked, resolve_dtype
 from .settings import WorkerSettings
 from .staging import StagedHost
 from .view import ClusterView, WorkerInfo
+
+if TYPE_CHECKING:
+    from .device_server import DeviceServer
 
 
 class ExpertWorker:
@@ -53,6 +56,12 @@ class ExpertWorker:
         self_test(config, dtype, ops, "experts")
         host = (StagedHost if device.is_gpu else ExpertHost)(weights, config.n_routed_experts)
         self.server = ExpertServer(host, config.hidden_size, config.n_routed_experts, dtype)
+        self._mail: DeviceServer | None = None
+        if device.is_gpu:
+            from .device_server import DeviceServer  # imports triton, which only torch for CUDA brings along
+
+            shape = config.n_routed_experts, config.hidden_size, config.num_experts_per_tok
+            self._mail = DeviceServer(self.server, weights, *shape, device.torch)
         self.endpoint = Endpoint(self.settings)
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
@@ -82,4 +91,7 @@ class ExpertWorker:
         endpoint = self.endpoint
         self._ops.set_threads(self.settings.num_threads, self.settings.max_threads)
         with torch.inference_mode():
-            self.server.serve(endpoint, lambda: endpoint.stopping)
+            if self._mail is None:
+                self.server.serve(endpoint, lambda: endpoint.stopping)
+            else:
+                self._mail.serve(endpoint, lambda: endpoint.stopping)

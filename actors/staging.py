@@ -31,6 +31,7 @@ class StagedExperts:
     """RemoteExperts for rows on a device. The host waits for them late: shared experts compute meanwhile."""
 
     has_waits = True
+    may_redo = False
     can_be_noted = False
 
     def __init__(self, remote: RemoteExperts, ops: Ops) -> None:
@@ -66,6 +67,9 @@ class StagedExperts:
     def take_failed(self) -> dict[int, str]:
         self._unsent.clear()  # of a step that broke off
         return self.remote.take_failed()
+
+    def is_settled(self) -> bool:
+        return True
 
     def end_step(self) -> None:
         self.remote.end_step()

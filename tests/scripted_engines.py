@@ -125,11 +125,15 @@ class ScriptedExperts:
 
     def __init__(self) -> None:
         self.has_waits = False
+        self.may_redo = False
         self.failed: dict[int, str] = {}
 
     def take_failed(self) -> dict[int, str]:
         failed, self.failed = self.failed, {}
         return failed
+
+    def is_settled(self) -> bool:
+        return True
 
     def end_step(self) -> None:
         pass

@@ -152,24 +152,22 @@ def test_a_worker_dies_while_it_is_waited_for_and_the_pass_is_run_again_elsewher
         attention = linked(experts)
         x, ids = batch(4)
         expected = local(x, ids)
-        box = attention.box(0)
+        device = attention.device
         experts[0].signal(signal.SIGSTOP)
-
-        def kill_when_rung() -> None:
-            while not box.bells.words[0]:
-                pass
-            experts[0].signal(signal.SIGKILL)
-
-        killer = threading.Thread(target=kill_when_rung)
+        device.phase = 0
+        handle = device.dispatch(LAYER, x, ids)
+        killer = threading.Thread(target=experts[0].signal, args=(signal.SIGKILL,))
         killer.start()
-        assert torch.equal(forward(attention, x, ids), expected)
+        device.collect(handle)
+        assert not device.is_settled()
         killer.join()
-        assert attention.device.num_redone == 1
-        assert attention.device.can_be_noted
+        assert torch.equal(forward(attention, x, ids), expected)
+        assert device.num_redone == 1
+        assert device.can_be_noted
         experts[1].signal(signal.SIGKILL)
         assert not forward(attention, x, ids).any()
-        assert not attention.device.can_be_noted
-        assert sorted(attention.device.take_failed()) == [0, 1, 2, 3]
+        assert not device.can_be_noted
+        assert sorted(device.take_failed()) == [0, 1, 2, 3]
         attention.close()
         for expert in experts:
             expert.close()
