@@ -36,15 +36,14 @@ def w13_fp8_kernel(
         inside = place < num_rows
         row = first_row.to(tl.int64) + place
         pair = tl.load(pair_ptr + row, mask=inside, other=0)
-        x_row = tl.load(row_ptr + pair, mask=inside, other=0).to(tl.int64)
+        x_row = tl.load(row_ptr + pair, mask=inside, other=0).to(tl.int32)
         depth = tl.arange(0, 128)
         steps = tl.cdiv(K, 128)
         gate_row = expert * 2 * I + column_tile * 128
-        x_rows = x_ptr + x_row[:, None] * K
-        x_scales = x_scale_ptr + x_row
+        x_rows = x_ptr + x_row.to(tl.int64)[:, None] * K
         gate_scales = w_scale_ptr + (gate_row // 128).to(tl.int64) * steps
         up_scales = gate_scales + (I // 128) * steps
-        x_scale = tl.load(x_scales, mask=inside, other=0.0)
+        x_scale = tl.load(x_scale_ptr + x_row, mask=inside, other=0.0)
         gate_scale = tl.load(gate_scales)
         up_scale = tl.load(up_scales)
         gate = tl.zeros((128, TOKENS), tl.float32)
@@ -54,14 +53,13 @@ def w13_fp8_kernel(
             w_gate = w_tiles.load([gate_row, step * 128])  # first: their places need no look at the index
             w_up = w_tiles.load([gate_row + I, step * 128])
             x = tl.load(x_rows + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0).T
-            by_gate = tl.broadcast_to((x_scale * gate_scale)[None, :], (128, TOKENS))
-            by_up = tl.broadcast_to((x_scale * up_scale)[None, :], (128, TOKENS))
             ahead = tl.minimum(step + 1, steps - 1)
-            x_scale = tl.load(x_scales + ahead.to(tl.int64) * x_scale_stride, mask=inside, other=0.0)
+            next_scale = tl.load(x_scale_ptr + (ahead * x_scale_stride + x_row), mask=inside, other=0.0)
+            gate = tl.fma(tl.dot(w_gate, x), tl.broadcast_to((x_scale * gate_scale)[None, :], (128, TOKENS)), gate)
+            up = tl.fma(tl.dot(w_up, x), tl.broadcast_to((x_scale * up_scale)[None, :], (128, TOKENS)), up)
+            x_scale = next_scale
             gate_scale = tl.load(gate_scales + ahead)
             up_scale = tl.load(up_scales + ahead)
-            gate = tl.fma(tl.dot(w_gate, x), by_gate, gate)
-            up = tl.fma(tl.dot(w_up, x), by_up, up)
         inner = swiglu(gate, up)
         scale = group_scale(tl.max(tl.abs(inner), 0), UE8M0)
         codes = group_codes(inner, tl.broadcast_to(scale[None, :], (128, TOKENS)))
@@ -93,11 +91,11 @@ def w2_fp8_kernel(
         for step in tl.range(0, steps):
             x = x_tiles.load([first_row, step * 128])  # past num_rows: whatever it is, no other column reads it
             w = w_tiles.load([w_row, step * 128])
-            scale = tl.broadcast_to((x_scale * w_scale)[None, :], (128, TOKENS))
             ahead = tl.minimum(step + 1, steps - 1)
-            x_scale = tl.load(x_scales + ahead.to(tl.int64) * x_scale_stride, mask=inside, other=0.0)
+            next_scale = tl.load(x_scales + ahead.to(tl.int64) * x_scale_stride, mask=inside, other=0.0)
+            total = tl.fma(tl.dot(w, x.T), tl.broadcast_to((x_scale * w_scale)[None, :], (128, TOKENS)), total)
+            x_scale = next_scale
             w_scale = tl.load(w_scales + ahead)
-            total = tl.fma(tl.dot(w, x.T), scale, total)
         pair = tl.load(pair_ptr + first_row + place, mask=inside, other=0).to(tl.int64)
         column = column_tile * 128 + tl.arange(0, 128)
         where = out_ptr + pair[:, None] * out_stride + column[None, :]

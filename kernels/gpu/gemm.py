@@ -50,24 +50,30 @@ def fp8_kernel(
     for step in tl.range(first_step, last_step + 1):
         x = x_tiles.load([tl.program_id(0) * TOKENS, step * 128])
         w = w_tiles.load([first_output, step * 128])
-        scale = tl.broadcast_to((x_scale * w_scale)[None, :], (OUTPUTS, TOKENS))
         ahead = tl.minimum(step + 1, last_step)
-        x_scale = tl.load(x_scales + ahead.to(tl.int64) * x_scale_stride, mask=row < M, other=0.0)
+        next_scale = tl.load(x_scales + ahead.to(tl.int64) * x_scale_stride, mask=row < M, other=0.0)
+        total = tl.fma(tl.dot(w, x.T), tl.broadcast_to((x_scale * w_scale)[None, :], (OUTPUTS, TOKENS)), total)
+        x_scale = next_scale
         w_scale = tl.load(w_scales + ahead)
-        total = tl.fma(tl.dot(w, x.T), scale, total)
     out = out_ptr + tl.program_id(2).to(tl.int64) * M * N
     store_tile(total, bias_ptr, out, row, first_output + tl.arange(0, OUTPUTS), M, N, out_stride, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["M", "x_scale_stride", "part_steps"])
 def fp8_stream_kernel(
-    x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, steps, x_scale_stride, out_stride, part_steps,
+    x_tiles, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, K, x_scale_stride, out_stride, part_steps,
     HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, IN_PARTS: tl.constexpr, L2_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The same for many rows, 128 outputs a program: warp-specialised, which allows one product in one loop."""
+    """The same for many rows, 128 outputs a program: warp-specialised, which allows one product in one loop.
+
+    Two warp groups multiply 64 outputs each, for which Triton cuts the weights' tile in two. Only a descriptor made
+    here is cut with it; one from the host would go on copying 128 outputs into the room of 64.
+    """
     token_tile, tile = tile_places(L2_TILES)
     first_row = token_tile * TOKENS
     row = first_row + tl.arange(0, TOKENS)
+    w_tiles = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [128, 128])
+    steps = tl.cdiv(K, 128)
     total = tl.zeros((128, TOKENS), tl.float32)
     part = tl.zeros((128, TOKENS), tl.float32)
     for step in tl.range(0, steps, warp_specialize=True):
@@ -173,6 +179,15 @@ def tiles_of(matrix: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, GROUP])
 
 
+def set_descriptor_memory(device: torch.device) -> None:
+    """Gives the kernels of this thread that make their descriptors themselves the memory to put them in."""
+
+    def memory(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(memory)
+
+
 def _room(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
         return torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16, device=x.device)
@@ -185,24 +200,20 @@ def run_fp8(
     (num_rows, depth), num_outputs = x.codes.shape, weight.shape[0]
     if num_rows == 0:
         return
-    operands = (
-        tiles_of(x.codes, tiling.tokens), tiles_of(weight, tiling.outputs), x.scales, weight_scale, bias, out,
-        num_rows, num_outputs, triton.cdiv(depth, GROUP), x.scales.stride(0), out.stride(0), tiling.part_steps,
-    )  # fmt: skip
     grid, has_bias = tiling.grid(num_rows, num_outputs), bias is not None
+    x_tiles, w_tiles = tiles_of(x.codes, tiling.tokens), tiles_of(weight, tiling.outputs)
+    strides = x.scales.stride(0), out.stride(0)
     if tiling.is_large:
+        set_descriptor_memory(out.device)
         fp8_stream_kernel[grid](
-            *operands,
-            HAS_BIAS=has_bias,
-            TOKENS=tiling.tokens,
-            IN_PARTS=tiling.parts > 1,
-            L2_TILES=L2_TILES,
-            num_warps=4,
-            num_stages=4,
-        )
+            x_tiles, weight, x.scales, weight_scale, bias, out, num_rows, num_outputs, depth, *strides,
+            tiling.part_steps, HAS_BIAS=has_bias, TOKENS=tiling.tokens, IN_PARTS=tiling.parts > 1, L2_TILES=L2_TILES,
+            num_warps=4, num_stages=4,
+        )  # fmt: skip
     else:
         fp8_kernel[grid](
-            *operands, HAS_BIAS=has_bias, TOKENS=tiling.tokens, OUTPUTS=tiling.outputs,
+            x_tiles, w_tiles, x.scales, weight_scale, bias, out, num_rows, num_outputs, triton.cdiv(depth, GROUP),
+            *strides, tiling.part_steps, HAS_BIAS=has_bias, TOKENS=tiling.tokens, OUTPUTS=tiling.outputs,
             num_warps=4, num_stages=_stages(tiling.tokens),
         )  # fmt: skip
 

@@ -100,6 +100,16 @@ def test_bf16_rows_keep_their_bits() -> None:
     assert torch.equal(many, together)
 
 
+def test_token_tiles_go_in_groups_and_none_is_left_out() -> None:
+    torch.manual_seed(3)
+    num_rows = 17 * 128 + 1  # a group of 16 token tiles, and one of 2
+    x = Quantised(torch.randn(num_rows, 128).to(torch.float8_e4m3fn), torch.rand(1, num_rows))
+    weight, scales = block_weight(136, 128)
+    out = torch.full((num_rows, 136), float("nan")).bfloat16()
+    gemm.run_fp8(x, weight, scales, None, out, splits.Tiling(128, 128, parts=1, part_steps=1, programs=1))
+    assert_near(out, wide(x) @ wide_weight(weight, scales).T)
+
+
 def test_no_rows_are_no_launch() -> None:
     weight, scales = block_weight(64, 128)
     assert gemm.linear_bf16(torch.zeros(0, 128).bfloat16(), torch.zeros(64, 128).bfloat16()).shape == (0, 64)
