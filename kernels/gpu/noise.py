@@ -1,4 +1,4 @@
-"""The sampling noise of model/noise.py on a GPU, word for word: Philox4x64-10 of seed, absolute position and token id."""
+"""The sampling noise of model/noise.py on a GPU, word for word: Philox4x64-10 of seed, position and token id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MULTIPLIER_0 = tl.constexpr(0xD2E7470EE14C6C93)
 MULTIPLIER_1 = tl.constexpr(0xCA5A826395121157)
 WEYL_0 = tl.constexpr(0x9E3779B97F4A7C15)
 WEYL_1 = tl.constexpr(0xBB67AE8584CAA73B)
-LARGEST_GUMBEL = tl.constexpr(37.5)  # -log(-log(1 - 2**-54)) is 37.43
+LARGEST_GUMBEL = tl.constexpr(36.1)  # of every word but those that round to 1, one in 2**53: their noise is infinite
 
 
 @triton.jit
