@@ -1,7 +1,9 @@
 """The manifests are rendered, checked field by field, and held against the ClusterSpec they carry."""
 
+import json
 import shutil
 import subprocess
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,27 +20,53 @@ from braid.cluster.spec import ClusterSpec, load_spec
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 DOCS = Path(__file__).parents[2] / "docs" / "kubernetes.md"
 KUBERNETES = "1.30"
+GPU = "nvidia.com/gpu"
 
 
-def render() -> list[dict[str, Any]]:
+def render(folder: Path) -> list[dict[str, Any]]:
     """What kustomize makes of the folder; where kubectl is missing, the same without name hashes and image tags."""
     if shutil.which("kubectl"):
-        command = ["kubectl", "kustomize", str(MANIFESTS)]
+        command = ["kubectl", "kustomize", str(folder)]
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
         return list(yaml.safe_load_all(text))
-    plan = yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())
-    rendered = [each for file in plan["resources"] for each in yaml.safe_load_all((MANIFESTS / file).read_text())]
+    plan = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    rendered = [each for file in plan["resources"] for each in yaml.safe_load_all((folder / file).read_text())]
+    spec_folder = folder
+    for component in plan.get("components", ()):
+        spec_folder = folder / component
+        (service,) = of_kind(rendered, "RayService")
+        rendered[rendered.index(service)] = patched(service, spec_folder)
     for generator in plan["configMapGenerator"]:
-        data = {file: (MANIFESTS / file).read_text() for file in generator["files"]}
+        data = {file: (spec_folder / file).read_text() for file in generator["files"]}
         rendered.append(
             {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": generator["name"]}, "data": data}
         )
     return rendered
 
 
-@pytest.fixture(scope="module")
-def rendered() -> list[dict[str, Any]]:
-    return render()
+def patched(resource: dict[str, Any], component: Path) -> dict[str, Any]:
+    """With what the component's patches add."""
+    resource = json.loads(json.dumps(resource))  # what YAML aliases share must not be
+    for patch in yaml.safe_load((component / "kustomization.yaml").read_text())["patches"]:
+        for step in yaml.safe_load((component / patch["path"]).read_text()):
+            assert step["op"] == "add"
+            *path, last = [key.replace("~1", "/") for key in step["path"].split("/")[1:]]
+            place: Any = resource
+            for key in path:
+                place = place[int(key) if isinstance(place, list) else key]
+            place[last] = step["value"]
+    return resource
+
+
+@pytest.fixture(scope="module", params=["CPU", "GPU"])
+def rendered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if request.param == "CPU":
+        return render(MANIFESTS)
+    folder = tmp_path_factory.mktemp("gpu") / "manifests"
+    shutil.copytree(MANIFESTS, folder)
+    file = folder / "kustomization.yaml"
+    file.write_text(file.read_text().replace("# components:\n#   - gpu\n", "components:\n  - gpu\n"))
+    return render(folder)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +134,23 @@ def test_every_pool_of_the_spec_has_a_group_with_room(service: dict[str, Any], s
         (group,) = [group for group in groups(service) if group["labels"] == pool.labels]
         cpus = int(container(group)["resources"]["limits"]["cpu"])
         per_pod = 1 if pool.strategy == "STRICT_SPREAD" else cpus // pool.cpus
+        if pool.gpus:
+            per_pod = min(per_pod, int(container(group)["resources"]["limits"][GPU]) // pool.gpus)
         assert group["replicas"] * per_pod >= pool.workers, group["groupName"]
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     names = [group["groupName"] for group in groups(service)]
     assert sorted(names) == ["decode", "expert", "head", "prefill"]
+
+
+def test_gpus_of_the_pods_are_those_that_the_spec_asks_for(service: dict[str, Any], spec: ClusterSpec) -> None:
+    for group in groups(service):
+        resources = container(group)["resources"]
+        counts = {GPU in resources["limits"], GPU in resources["requests"], "tolerations" in group["template"]["spec"]}
+        assert counts == {spec.uses_gpus and group["groupName"] != "head"}
+    if spec.uses_gpus:
+        assert replace(spec, **{name: replace(pool, gpus=0.0) for name, pool in spec.pools.items()}) == load_spec(
+            MANIFESTS / "braid.yaml", {}
+        ), "but for GPUs the specs are one"
 
 
 def test_the_head_runs_no_worker_and_answers_clients(service: dict[str, Any], spec: ClusterSpec) -> None:
