@@ -13,6 +13,7 @@ from torch import Tensor
 
 from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.experts import LocalExperts
+from braid.model.native_ops import NativeOps
 from braid.model.tapes import Tapes
 from braid.model.torch_ops import TorchOps
 
@@ -75,6 +76,39 @@ def test_played_steps_keep_their_bits(shape_name: str, family: str, is_local: bo
         assert torch.equal(step(network, small, num, start), step(fresh, small, num, start)), (num, start)
         for latents, other in zip(network.cache.layers, fresh.cache.layers, strict=True):
             assert torch.equal(latents, other), (num, start)
+
+
+@dataclass(frozen=True)
+class CapturingOps(NativeOps):
+    """Notes a second run of the work that computes nothing, as a GPU's graphs do: the memory is put back after it."""
+
+    networks: list[DeepSeekModel] = field(default_factory=list, compare=False)
+
+    def noted(self, work: Callable[[], object]) -> Callable[[], object]:
+        work()
+        (network,) = self.networks
+        buffers = [memory for buffers in network._buffers for memory in buffers._memory.values()]
+        memory = [*network.cache.layers, *buffers]
+        before = [kept.clone() for kept in memory]
+        tape = NativeOps.noted(self, work)
+        for kept, first in zip(memory, before, strict=True):
+            kept.copy_(first)
+        return tape
+
+
+@pytest.mark.parametrize("is_local", [True, False], ids=["own experts", "experts elsewhere"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family == "native"])
+def test_steps_noted_by_a_second_run_keep_their_bits(family: str, is_local: bool) -> None:
+    small, plain = small_model("v3", torch.float32, CapturingOps()), small_model("v3", torch.float32, FAMILIES[family])
+    local = LocalExperts(small.experts)
+    network, fresh = small.network(local if is_local else Elsewhere(local)), plain.network()
+    assert isinstance(small.weights.ops, CapturingOps)
+    small.weights.ops.networks[:] = [network]
+    for latents in (*network.cache.layers, *fresh.cache.layers):
+        latents.zero_()
+    for num, start in STEPS * 2:
+        got = step(network, small, num, start)
+        assert torch.equal(got, step(fresh, plain, num, start)), (num, start)
 
 
 def test_layers_are_announced_when_a_step_is_played_too() -> None:
