@@ -22,6 +22,7 @@ KEYS = 64
 LANES = 64  # heads x rows of a tile: wgmma's M, whatever the model's heads, so that one instruction does them all
 MAX_ITEMS = 1024  # (row, split) pairs whose partial results are held at once: 268 MB with 128 heads of 512
 SCAN = 1024
+LISTED = 16
 MERGED_HEADS = 4
 LOG2_E = 1.4426950408889634
 
@@ -46,11 +47,10 @@ class DecodePlan:
     parts: tuple[DecodePart, ...]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "max_splits"])
 def list_kernel(
-    position_ptr, item_ptr, R,
-    QUERIES: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS_BLOCK: tl.constexpr,
-    SCAN: tl.constexpr,
+    position_ptr, item_ptr, R, max_splits,
+    QUERIES: tl.constexpr, SPLIT: tl.constexpr, SCAN: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """One program a group: its splits stand behind those of the groups before it. No atomics: the order is fixed."""
     mine = tl.program_id(0)
@@ -63,8 +63,9 @@ def list_kernel(
         counts = (tl.max(tl.reshape(last, (SCAN // QUERIES, QUERIES)), 1) + SPLIT) // SPLIT
         before += tl.sum(tl.where(group < mine, counts, 0), 0)
         count += tl.sum(tl.where(group == mine, counts, 0), 0)
-    split = tl.arange(0, SPLITS_BLOCK)
-    tl.store(item_ptr + 1 + before + split, mine * MAX_SPLITS + split, mask=split < count)
+    for first_split in range(0, count, LISTED):
+        split = first_split + tl.arange(0, LISTED)
+        tl.store(item_ptr + 1 + before + split, mine * max_splits + split, mask=split < count)
     if mine == tl.num_programs(0) - 1:
         tl.store(item_ptr, before + count)
 
@@ -86,13 +87,13 @@ def attend_tile(q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest
     return new, total, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "table_row", "max_splits"])
 def split_kernel(
     q_ptr, cache_ptr, table_ptr, position_ptr, item_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2, num_slots,
-    q_row, q_head, out_row, out_head, table_row, H,
+    q_row, q_head, out_row, out_head, table_row, max_splits, H,
     QUERIES: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, TILED: tl.constexpr,
+    TILED: tl.constexpr,
 ):  # fmt: skip
     """One program an (item, head tile); those of one item follow one another: they share its keys in L2.
 
@@ -104,8 +105,8 @@ def split_kernel(
     turn = tl.program_id(0)
     if turn < tl.load(item_ptr) * head_tiles:
         item = tl.load(item_ptr + 1 + turn // head_tiles)
-        first_row = item // MAX_SPLITS * QUERIES
-        split = item % MAX_SPLITS
+        first_row = item // max_splits * QUERIES
+        split = item % max_splits
         lane = tl.arange(0, LANES)
         row = first_row + lane // heads_each
         head = turn % head_tiles * heads_each + lane % heads_each
@@ -165,16 +166,15 @@ def split_kernel(
             to = out_ptr + (row * out_row + head * out_head)[:, None] + rank[None, :]
             tl.store(to, sums.to(out_ptr.dtype.element_ty), mask=mask)
         else:
-            where = (row * H + head) * MAX_SPLITS + split
+            where = (row * H + head) * max_splits + split
             tl.store(partial_ptr + (where * RANK)[:, None] + rank[None, :], sums, mask=mask)
             tl.store(lse_ptr + where, tl.fma(highest, scale_log2, tl.log2(total)), mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_splits"])
 def merge_kernel(
-    partial_ptr, lse_ptr, position_ptr, out_ptr, out_row, out_head, H,
-    QUERIES: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    HEADS: tl.constexpr,
+    partial_ptr, lse_ptr, position_ptr, out_ptr, out_row, out_head, max_splits, H,
+    QUERIES: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     longest = tl.max(tl.load(position_ptr + row // QUERIES * QUERIES + tl.arange(0, QUERIES)), 0)
@@ -187,7 +187,7 @@ def merge_kernel(
         total = tl.zeros((HEADS,), tl.float32)
         sums = tl.zeros((HEADS, RANK_BLOCK), tl.float32)
         for split in range(0, (last // SPLIT + 1).to(tl.int32)):  # ascending, always
-            where = (row * H + head) * MAX_SPLITS + split
+            where = (row * H + head) * max_splits + split
             lse = tl.load(lse_ptr + where, mask=head < H, other=0.0)
             new = tl.maximum(highest, lse)
             keep = tl.exp2(highest - new)
@@ -226,8 +226,8 @@ def refresh(plan: DecodePlan) -> None:
     for part in plan.parts:
         rows = part.rows.stop - part.rows.start
         list_kernel[(rows // plan.queries,)](
-            plan.positions[part.rows], part.items, rows, QUERIES=plan.queries, SPLIT=SPLIT, MAX_SPLITS=plan.splits,
-            SPLITS_BLOCK=triton.next_power_of_2(plan.splits), SCAN=SCAN, num_warps=4,
+            plan.positions[part.rows], part.items, rows, plan.splits, QUERIES=plan.queries, SPLIT=SPLIT, SCAN=SCAN,
+            LISTED=LISTED, num_warps=4,
         )  # fmt: skip
 
 
@@ -253,13 +253,13 @@ def mla_decode(
         split_kernel[((len(part.items) - 1) * head_tiles,)](
             q[part.rows], cache_layer, tables, positions, part.items, partial, lse, to, softmax_scale * LOG2_E,
             cache_layer.shape[0] * plan.block_size, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-            tables.stride(0), heads, QUERIES=queries, LANES=LANES, KEYS=KEYS, BLOCK=plan.block_size, SPLIT=SPLIT,
-            RANK=rank, ROPE=rope, RANK_BLOCK=rank_block, ROPE_BLOCK=rope_block, MAX_SPLITS=splits,
+            tables.stride(0), splits, heads, QUERIES=queries, LANES=LANES, KEYS=KEYS, BLOCK=plan.block_size,
+            SPLIT=SPLIT, RANK=rank, ROPE=rope, RANK_BLOCK=rank_block, ROPE_BLOCK=rope_block,
             TILED=rank == rank_block and rope == rope_block, num_warps=8, num_stages=2,
         )  # fmt: skip
         if needs_merge:
             merge_kernel[(num_rows, triton.cdiv(heads, MERGED_HEADS))](
-                partial, lse, positions, to, out.stride(0), out.stride(1), heads, QUERIES=queries, SPLIT=SPLIT,
-                RANK=rank, RANK_BLOCK=rank_block, MAX_SPLITS=splits, HEADS=MERGED_HEADS, num_warps=4,
+                partial, lse, positions, to, out.stride(0), out.stride(1), splits, heads, QUERIES=queries,
+                SPLIT=SPLIT, RANK=rank, RANK_BLOCK=rank_block, HEADS=MERGED_HEADS, num_warps=4,
             )  # fmt: skip
     return out

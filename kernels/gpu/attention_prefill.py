@@ -59,18 +59,19 @@ def attend_keys(
     return new, total, sums
 
 
-@triton.jit(do_not_specialize=["first", "num", "num_keys"])
+@triton.jit(do_not_specialize=["first", "num", "num_keys", "has_before", "has_next"])
 def prefill_kernel(
-    q_ptr, kv_ptr, latent_ptr, out_ptr, highest_ptr, total_ptr, sums_ptr, scale_log2, first, num, num_keys, H,
-    q_row, q_head, out_row, out_head,
+    q_ptr, kv_ptr, latent_ptr, out_ptr, highest_ptr, total_ptr, sums_ptr, scale_log2, first, num, num_keys,
+    has_before, has_next, H, q_row, q_head, out_row, out_head,
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
     NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, GOES_ON: tl.constexpr, ENDS: tl.constexpr, TILED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """Query rows num x H x (NOPE + ROPE) at places first .. of a piece or behind it, against its num_keys keys:
     kv [num_keys, H, NOPE + VALUE], latent [num_keys, RANK + ROPE].
 
-    GOES_ON: earlier pieces left highest, total (fp32 [num, H]) and sums (fp32 [num, H, VALUE]). ENDS: no row goes on.
+    has_before: earlier pieces left highest, total (fp32 [num, H]) and sums (fp32 [num, H, VALUE]).
+    has_next: a later one reads them.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     head = tl.program_id(1)
@@ -88,7 +89,7 @@ def prefill_kernel(
     state = query.to(tl.int64) * H + head
     state_values = sums_ptr + state[:, None] * VALUE + value[None, :]
     value_mask = inside[:, None] & (value < VALUE)[None, :]
-    if GOES_ON:
+    if has_before != 0:
         highest = tl.load(highest_ptr + state, mask=inside, other=0.0)
         total = tl.load(total_ptr + state, mask=inside, other=0.0)
         sums = tl.load(state_values, mask=value_mask, other=0.0)
@@ -130,10 +131,10 @@ def prefill_kernel(
             highest, total, sums = attend_keys(
                 q_nope, q_rope, k_nope, k_rope, v, key, position, scale_log2, highest, total, sums, True
             )
-    ends = position < num_keys  # in this piece: the row has seen all it may see
+    is_done = position < num_keys  # the row has seen all it may see
     to = out_ptr + query.to(tl.int64)[:, None] * out_row + head * out_head + value[None, :]
-    tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=value_mask & ends[:, None])
-    if not ENDS:
+    tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=value_mask & is_done[:, None])
+    if has_next != 0:
         tl.store(highest_ptr + state, highest, mask=inside)
         tl.store(total_ptr + state, total, mask=inside)
         tl.store(state_values, sums, mask=value_mask)
@@ -180,7 +181,7 @@ def mla_prefill(
         first = plan.start + skipped - piece
         _attend_piece(
             q[skipped:], kv, latents, out[skipped:], state.rows_from(skipped), first, softmax_scale, kv_lora_rank,
-            goes_on=piece > 0, ends=piece + PIECE >= end,
+            has_before=piece > 0, has_next=piece + PIECE < end,
         )  # fmt: skip
     return out
 
@@ -204,7 +205,7 @@ class _State:
 
 def _attend_piece(
     q: Tensor, kv: Tensor, latents: Tensor, out: Tensor, state: _State, first: int, softmax_scale: float, rank: int,
-    goes_on: bool, ends: bool,
+    has_before: bool, has_next: bool,
 ) -> None:  # fmt: skip
     """first: place in the piece of the first query row; it may lie behind the piece."""
     (num, heads, q_width), (num_keys, width), value = q.shape, latents.shape, out.shape[2]
@@ -214,7 +215,8 @@ def _attend_piece(
     blocks = [max(triton.next_power_of_2(size), 16) for size in sizes]
     prefill_kernel[(triton.cdiv(num, QUERIES), heads)](
         q, kv, latents, out, state.highest, state.total, state.sums, softmax_scale * LOG2_E, first, num, num_keys,
-        heads, q.stride(0), q.stride(1), out.stride(0), out.stride(1), NOPE=sizes[0], ROPE=rope, VALUE=value, RANK=rank,
-        NOPE_BLOCK=blocks[0], ROPE_BLOCK=blocks[1], VALUE_BLOCK=blocks[2], QUERIES=QUERIES, KEYS=KEYS, GOES_ON=goes_on,
-        ENDS=ends, TILED=blocks == list(sizes) and width % 8 == 0, num_warps=8, num_stages=2,
+        int(has_before), int(has_next), heads, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        NOPE=sizes[0], ROPE=rope, VALUE=value, RANK=rank, NOPE_BLOCK=blocks[0], ROPE_BLOCK=blocks[1],
+        VALUE_BLOCK=blocks[2], QUERIES=QUERIES, KEYS=KEYS, TILED=blocks == list(sizes) and width % 8 == 0,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
