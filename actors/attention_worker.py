@@ -98,15 +98,14 @@ class AttentionWorker:
             self_test(config, dtype, ops)
         self.endpoint = Endpoint(self.settings)
         self._tracer = setup_tracer(f"braid-{self.settings.role}", f"{self.settings.cluster}/{self.settings.name}")
-        self.experts: RemoteExperts | DeviceExperts | ColocatedExperts
+        self.experts: RemoteExperts | StagedExperts | DeviceExperts | ColocatedExperts
         self._remote: RemoteExperts | None = None
         self._mail: DeviceExperts | None = None  # on a GPU: the way to expert workers of this host
         if self._local is not None:
             self.experts = ColocatedExperts(self._local)
         else:
             self._remote = RemoteExperts(self.endpoint, config.n_routed_experts or 0)
-            self._mail = self._mail_over(self._remote, ops) if device.is_gpu else None
-            self.experts = self._mail or self._remote
+            self.experts = self._on_gpu(self._remote, ops) if device.is_gpu else self._remote
         num_layers = config.num_hidden_layers + len(self._weights.mtp[:1])
         num_blocks = self._num_blocks(config, dtype, num_layers)
         cache = LatentCache(config, num_blocks, dtype, num_layers, device.torch)
@@ -222,14 +221,18 @@ class AttentionWorker:
             **balance,
         }
 
-    def _mail_over(self, remote: RemoteExperts, ops: Ops) -> DeviceExperts:
+    def _on_gpu(self, remote: RemoteExperts, ops: Ops) -> StagedExperts | DeviceExperts:
+        """The host waits for rows where others use the GPU too: a kernel that waited would keep them from computing."""
+        staged = StagedExperts(remote, ops)
+        if self._device.share < 1:
+            return staged
         from .device_experts import DeviceExperts, box_shape  # imports triton, which only torch for CUDA brings along
 
         assert self.endpoint is not None
         shape = box_shape(self.config, self.settings.max_batch_tokens)
-        made = DeviceExperts(StagedExperts(remote, ops), shape, self.endpoint.hello.host_id, ops.device, ops.tensor)
-        self.endpoint.on_death = made.bury
-        return made
+        self._mail = DeviceExperts(staged, shape, self.endpoint.hello.host_id, ops.device, ops.tensor)
+        self.endpoint.on_death = self._mail.bury
+        return self._mail
 
     def _load(self, config: ModelConfig, dtype: torch.dtype, ops: Ops) -> None:
         every = tuple(range(config.n_routed_experts or 0))

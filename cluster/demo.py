@@ -28,6 +28,7 @@ NAME = "braid-demo"
 GRPC_PROMPT = 'def is_prime(n):\n    """Return True if'
 HTTP_PROMPT = "def read_lines(path):\n    with open(path"
 MAX_TOKENS = 80
+TIMEOUT_S, GPU_TIMEOUT_S = 180.0, 600.0  # the first start on a GPU compiles its kernels
 TEMPERATURE = 0.5
 SEED = 1
 
@@ -42,7 +43,8 @@ def demo() -> int:
     if gpus.problem and gpus.unused:
         console.print(gpus.unused, style="yellow", markup=False)
     begun = time.monotonic()
-    started = start(spec, check(spec), registry, timeout_s=180.0, detach=False)
+    timeout_s = GPU_TIMEOUT_S if gpus.count else TIMEOUT_S
+    started = start(spec, check(spec), registry, timeout_s, detach=False)
     try:
         with signals_stop_it(started, lambda: console.print("stopping")), StartProgress(console) as progress:
             wait_until_ready(started, registry, progress.tell)

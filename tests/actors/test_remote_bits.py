@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import triton_interpreter
 from small_models import FAMILIES, SmallModel, shuffled_table, small_model
 
 from braid.actors.dispatch import RemoteExperts
@@ -25,7 +26,10 @@ from braid.actors.staging import StagedExperts, StagedHost
 from braid.model.deepseek import Batch
 from braid.model.experts import ExpertBackend, LocalExperts
 from braid.model.mla import Segment
+from braid.model.triton_ops import TritonOps
 from braid.router.expert_map import Owner, assign, build_map
+
+triton_interpreter.repair()
 
 NAMES = ["expert-0", "expert-1"]
 RING_BYTES = 64 << 10  # less than the largest dispatch
@@ -158,3 +162,18 @@ def test_rows_of_a_step_that_broke_off_are_never_sent(post: Post, small: SmallMo
     assert experts.counters.hops == 0
     local = small.network(LocalExperts(small.experts)).forward(batch(small))
     assert torch.equal(small.network(staged).forward(batch(small)).logits, local.logits)
+
+
+def test_rows_of_the_kernels_for_gpus_have_the_bits_of_local_ones() -> None:
+    small = small_model("v3", torch.bfloat16, TritonOps(torch.device("cpu"), None))
+    post = Post(small, "shm", is_staged=True)
+    staged = StagedExperts(remote(post, small, replicas=1), small.weights.ops)
+    local = LocalExperts(small.experts)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, small.config.hidden_size, generator=generator).bfloat16()
+    num_experts, top_k = small.config.n_routed_experts or 0, small.config.num_experts_per_tok or 0
+    topk_idx = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in x])
+    layer = max(small.experts)
+    rows = staged.collect(staged.dispatch(layer, x, topk_idx))
+    assert torch.equal(rows, local.collect(local.dispatch(layer, x, topk_idx)))
+    post.close()

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 from running_cluster import run_braid
 
-from braid.cluster.demo import GRPC_PROMPT, HTTP_PROMPT
+from braid.cluster.demo import GRPC_PROMPT, HTTP_PROMPT, demo_spec
+from braid.cluster.plan import gpus_needed, plan_pools
 from braid.cluster.registry import Registry
+
+
+@pytest.mark.parametrize(("num_gpus", "each"), [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.5), (4, 1.0), (8, 1.0)])
+def test_four_workers_share_the_gpus_there_are(num_gpus: int, each: float) -> None:
+    spec = demo_spec(num_gpus)
+    assert [pool.gpus for pool in spec.pools.values()] == [each] * 3
+    assert gpus_needed(plan_pools(spec, 24)) <= num_gpus
 
 
 @pytest.mark.cluster

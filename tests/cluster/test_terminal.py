@@ -63,7 +63,7 @@ def test_the_whole_status() -> None:
 
 
 def test_a_gpu_and_how_full_it_is() -> None:
-    memory = {"device_memory_used": 9 << 30, "device_memory": 20 << 30}
-    assert device_words(worker("decode-0", device="NVIDIA H100 80GB HBM3", **memory)) == "H100 80GB HBM3, 9/20 GiB"
+    row = worker("decode-0", device="NVIDIA H100 80GB HBM3", device_memory_used=9 << 30, device_memory=20 << 30)
+    assert device_words(row) == "H100 80GB HBM3, 9/20 GiB"
     assert device_words(worker("decode-0", device="CPU")) == "CPU"
     assert device_words(worker("decode-0")) == ""
