@@ -95,6 +95,9 @@ def test_bf16_rows_keep_their_bits() -> None:
     assert tiling.programs == 2
     for first, last in ((0, 1), (11, 50)):
         assert torch.equal(gemm.linear_bf16(rows[first:last], weight), together[first:last])
+    apart = torch.randn(20, 1063).bfloat16()[:, 7:].copy_(rows[:20])
+    assert gemm.bf16_tiling(apart, weight).tokens == 16  # cannot be read 16 bytes at a time
+    assert torch.equal(gemm.linear_bf16(apart, weight), together[:20])
     many = torch.full((140, 72), float("nan")).bfloat16()
     gemm.run_bf16(rows, weight, None, many, replace(tiling, outputs=128, programs=1))
     assert torch.equal(many, together)
@@ -128,17 +131,18 @@ def test_the_parts_of_a_sum_follow_from_the_weight_alone(outputs: int, inputs: i
 
 
 @pytest.mark.parametrize("is_view", [False, True])
-def test_heads_of_any_strides(is_view: bool) -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(72, 136), (64, 144)])  # of any width, and of wide reads
+def test_heads_of_any_strides(inputs: int, outputs: int, is_view: bool) -> None:
     torch.manual_seed(0)
-    heads_, inputs, outputs, rows = 3, 72, 136, 5
-    x = torch.randn(rows, heads_, inputs + 16).bfloat16()[:, :, 16:]
-    weights = torch.randn(heads_, outputs, inputs).bfloat16()
+    num_heads, rows = 3, 20
+    x = torch.randn(rows, num_heads, inputs + 16).bfloat16()[:, :, 16:]
+    weights = torch.randn(num_heads, outputs, inputs).bfloat16()
     if is_view:
-        weights = torch.randn(heads_, inputs + 8, outputs).bfloat16()[:, 8:].transpose(1, 2)
-    memory = torch.full((rows, heads_ + 1, outputs + 8), float("nan")).bfloat16()
-    heads.head_linear(x, weights, out=memory[:, :heads_, :outputs])
+        weights = torch.randn(num_heads, inputs + 8, outputs).bfloat16()[:, 8:].transpose(1, 2)
+    memory = torch.full((rows, num_heads + 1, outputs + 8), float("nan")).bfloat16()
+    heads.head_linear(x, weights, out=memory[:, :num_heads, :outputs])
     expected = torch.einsum("mhk,hnk->mhn", x.double(), weights.double())
-    assert_near(memory[:, :heads_, :outputs], expected)
-    assert memory[:, heads_].isnan().all()
+    assert_near(memory[:, :num_heads, :outputs], expected)
+    assert memory[:, num_heads].isnan().all()
     assert memory[:, :, outputs:].isnan().all()
-    assert torch.equal(heads.head_linear(x[2:3], weights)[0], memory[2, :heads_, :outputs])
+    assert torch.equal(heads.head_linear(x[2:3], weights)[0], memory[2, :num_heads, :outputs])
