@@ -79,7 +79,8 @@ class MailPeers:
             except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
                 log.warning("the memory of %s cannot be opened: %s", peer.link.peer.name, error)
             self._fill(is_new=True)
-        elif isinstance(event, Received) and event.message.kind == Kind.MAIL_REFUSED:
+        elif isinstance(event, Received) and event.message.kind == Kind.MAIL_REFUSED and peer.box is None:
+            peer.replies.close()
             log.info("%s shares no memory: %s", peer.link.peer.name, event.message.meta.decode(errors="replace"))
 
     def bury(self, link: Link) -> None:
@@ -145,7 +146,9 @@ class MailPeers:
         if peer in self._owners:
             with self._lock:
                 self._owners[self._owners.index(peer)] = None
-        if peer.box is not None:
+        if peer.box is None:
+            peer.replies.close()
+        else:
             self._retired.append(peer.box)  # kernels of a pass under way may still use it
 
     def _fill(self, is_new: bool = False) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,9 +74,9 @@ class HostPages:
     def __init__(self, fd: int, num_bytes: int, device: torch.device) -> None:
         self._fd = fd
         self._device = device
-        self._map = mmap.mmap(fd, num_bytes)
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.words = np.frombuffer(self._map, dtype=np.int64)
+        mapped = mmap.mmap(fd, num_bytes)
+        self.bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+        self.words = np.frombuffer(mapped, dtype=np.int64)
         if device.type == "cuda":
             cuda: Any = torch.cuda
             cuda.check_error(cuda.cudart().cudaHostRegister(self.address, num_bytes, REGISTER_PORTABLE_MAPPED))
@@ -91,12 +92,17 @@ class HostPages:
     @classmethod
     def open(cls, words: Any, num_bytes: int, device: torch.device) -> HostPages:
         """Raises OSError or ValueError where the peer's memory cannot be reached or is not what it said."""
-        pid, fd, nonce = (int(word) for word in words)
-        opened = cls(os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC), num_bytes, device)
-        if int(opened.words[NONCE]) != nonce:
-            opened.close()
-            raise ValueError(f"file descriptor {fd} of process {pid} is not the memory that was offered")
-        return opened
+        pid, number, nonce = (int(word) for word in words)
+        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        with ExitStack() as opened:
+            opened.callback(os.close, fd)
+            if os.fstat(fd).st_size < num_bytes:  # to touch pages that are not there would end us
+                raise ValueError(f"{num_bytes} bytes of memory are needed, {os.fstat(fd).st_size} were offered")
+            if int.from_bytes(os.pread(fd, 8, 8 * NONCE), "little") != nonce:
+                raise ValueError(f"file descriptor {number} of process {pid} is not the memory that was offered")
+            pages = cls(fd, num_bytes, device)
+            opened.pop_all()
+        return pages
 
     @property
     def address(self) -> int:
@@ -109,12 +115,15 @@ class HostPages:
         return [os.getpid(), self._fd, nonce]
 
     def close(self) -> None:
-        """Nothing on a GPU may use it any more; the pages go with their last mapping."""
+        """Nothing on a GPU may use it any more; the pages go with the last view of them."""
+        if self._fd < 0:
+            return
         if self._device.type == "cuda":
             cuda: Any = torch.cuda
             cuda.check_error(cuda.cudart().cudaHostUnregister(self.address))
         os.close(self._fd)
         self._fd = -1
+        self.bytes, self.words = self.bytes.new_empty(0), np.empty(0, dtype=np.int64)
 
 
 class DevicePages:
@@ -208,16 +217,26 @@ def accept(meta: bytes, device: torch.device) -> tuple[Box, bytes]:
     """The expert side's end of what was offered, and the answer. Raises where it cannot be had on this host."""
     body = unpack(meta)
     shape = BoxShape(**body["shape"])
-    replies = open_pages(body["replies"], shape.reply_bytes, device)
-    box = Box(shape, make_pages(shape.inbox_bytes, device), HostPages.make(PAGE_BYTES, device), replies)
-    return box, pack({"inbox": box.inbox.tell(), "bells": box.bells.tell()})
+    with ExitStack() as opened:
+        replies = open_pages(body["replies"], shape.reply_bytes, device)
+        opened.callback(replies.close)
+        inbox = make_pages(shape.inbox_bytes, device)
+        opened.callback(inbox.close)
+        box = Box(shape, inbox, HostPages.make(PAGE_BYTES, device), replies)
+        answer = pack({"inbox": inbox.tell(), "bells": box.bells.tell()})
+        opened.pop_all()
+    return box, answer
 
 
 def accepted(meta: bytes, shape: BoxShape, replies: Pages, device: torch.device) -> Box:
     """The attention side's end. Raises where it cannot be had."""
     body = unpack(meta)
-    inbox = open_pages(body["inbox"], shape.inbox_bytes, device)
-    return Box(shape, inbox, HostPages.open(body["bells"], PAGE_BYTES, device), replies)
+    with ExitStack() as opened:
+        inbox = open_pages(body["inbox"], shape.inbox_bytes, device)
+        opened.callback(inbox.close)
+        box = Box(shape, inbox, HostPages.open(body["bells"], PAGE_BYTES, device), replies)
+        opened.pop_all()
+    return box
 
 
 def _aligned(num_bytes: int) -> int:

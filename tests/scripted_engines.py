@@ -83,6 +83,7 @@ class ScriptedModel:
 
     def __init__(self, cache: LatentCache) -> None:
         self.cache = cache
+        self.layers = cache.layers
         self.defect: str | None = None
         self.while_waiting: Callable[[], None] = _nothing
 
@@ -95,7 +96,8 @@ class ScriptedModel:
                 self._put(layer, segment.block_table, rows)
                 assert rows[:, 0].tolist() == list(range(len(rows))), f"layer {layer}: rows {rows[:, 0].tolist()}"
                 positions += range(segment.start, segment.start + segment.num) if not layer else ()
-            on_layer(layer)
+            if on_layer is not None:
+                on_layer(layer)
             self.while_waiting()
         if self.defect:
             raise RuntimeError(self.defect)
@@ -126,6 +128,7 @@ class ScriptedExperts:
     def __init__(self) -> None:
         self.has_waits = False
         self.may_redo = False
+        self.num_losses = 0  # passes to come that lose rows
         self.failed: dict[int, str] = {}
 
     def take_failed(self) -> dict[int, str]:
@@ -133,7 +136,8 @@ class ScriptedExperts:
         return failed
 
     def is_settled(self) -> bool:
-        return True
+        self.num_losses -= 1
+        return self.num_losses < 0
 
     def end_step(self) -> None:
         pass

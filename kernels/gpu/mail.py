@@ -68,7 +68,8 @@ def send_kernel(
     values = tl.load(x_ptr + row * columns + column, mask=inside)
     lane = tl.arange(0, LANES)
     used = lane < SLOTS
-    expert = tl.load(expert_ptr + row * SLOTS + lane, mask=used, other=0)
+    expert = tl.load(expert_ptr + row * SLOTS + lane, mask=used, other=-1)
+    used = expert >= 0
     owners = tl.load(owner_ptr + expert, mask=used, other=-1)
     tl.atomic_add(load_ptr + expert, 1, mask=used, sem="relaxed")  # whole numbers: their order changes nothing
     for slot in tl.static_range(SLOTS):
@@ -93,8 +94,8 @@ def ring_kernel(
         for start in range(0, pairs, SCAN):
             pair = start + tl.arange(0, SCAN)
             inside = pair < pairs
-            expert = tl.load(expert_ptr + pair, mask=inside, other=0).to(tl.int32)
-            mine = (tl.load(owner_ptr + expert, mask=inside, other=-1) == peer) & inside
+            expert = tl.load(expert_ptr + pair, mask=inside, other=-1).to(tl.int32)
+            mine = tl.load(owner_ptr + expert, mask=expert >= 0, other=-1) == peer
             tl.store(ids + pair, tl.where(mine, expert, -1), mask=inside)
             count += tl.sum(mine.to(tl.int32), 0)
     tl.store(owed_ptr + mail_slot * PEERS + peer, count)
@@ -144,7 +145,8 @@ def land_kernel(
     pair = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    owner = tl.load(owner_ptr + tl.load(expert_ptr + pair))
+    expert = tl.load(expert_ptr + pair)
+    owner = tl.load(owner_ptr + expert, mask=expert >= 0, other=-1)
     here = owner >= 0
     here = here & (tl.load(failed_ptr + owner, mask=here, other=1) == 0)
     rows = tl.load(peers_ptr + ROWS_ * PEERS + owner, mask=here, other=0)
@@ -225,9 +227,10 @@ def post(
     x: Tensor, topk_idx: Tensor, layer: int, mail_slot: int, max_rows: int, owners: Tensor, peers: Tensor,
     owed: Tensor, sequence: Tensor, phase: Tensor, loads: Tensor,
 ) -> None:  # fmt: skip
-    """x: [M, H], topk_idx: integer [M, k], both contiguous, M <= max_rows; owners: int32 [experts] of this layer, the
-    owner's place in peers int64 [5, MAX_PEERS], -1 for nobody; owed: int32 [mail slots, MAX_PEERS], pairs that each
-    owes; sequence: int64 [mail slots], of the last post that was awaited; phase: int32 [1]; loads: int32 [experts]."""
+    """x: [M, H], topk_idx: integer [M, k], -1 for no expert, both contiguous, M <= max_rows; owners: int32 [experts] of
+    this layer, the owner's column of peers int64 [5, MAX_PEERS], -1 for nobody; owed: int32 [mail slots, MAX_PEERS],
+    pairs that each owes; sequence: int64 [mail slots], of the last post that was awaited; phase: int32 [1]; loads:
+    int32 [experts]."""
     rows, columns = x.shape
     top_k = topk_idx.shape[1]
     send_kernel[(rows,)](

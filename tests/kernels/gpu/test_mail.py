@@ -109,12 +109,12 @@ def test_rows_go_to_their_owners_and_come_back_to_their_places(attention: Attent
 
 
 def test_a_peer_is_sent_only_what_is_its_own_and_rung_only_if_something_is(attention: Attention) -> None:
-    x, ids = batch(2)[0], torch.tensor([[0, 2, 5], [1, 0, 3]])
+    x, ids = batch(2)[0], torch.tensor([[0, 2, 5], [-1, 0, 3]])
     attention.owners[5] = 0
     attention.post(x, ids, 0)
     first, second = attention.experts
     assert first.ids[0, :2].tolist() == [[0, 2, 5], [-1, 0, -1]]
-    assert second.ids[0, :2].tolist() == [[-1, -1, -1], [1, -1, 3]]
+    assert second.ids[0, :2].tolist() == [[-1, -1, -1], [-1, -1, 3]]
     assert torch.equal(first.inbox[0, :2], x)
     assert torch.equal(second.inbox[0, 1], x[1])
     assert second.inbox[0, 0].isnan().all()
