@@ -1,14 +1,16 @@
 # Everything a working copy needs; all of it is installed into .venv, nothing else on the machine is touched.
 #   make demo    install, start a local cluster on the bundled model, stream two prompts, shut down
-#   make test    install, then lint, types and all tests
+#   make test    install, then lint, types, the GPU kernels' compile gate and all tests
 #   make lint    ruff and mypy alone
+#   make compile-gate    compile the GPU kernels for sm_90a, no GPU needed; refuse what breaks the chip's limits
+#   make compile-report  what a newer Triton, put into .bench, makes of them; refuses nothing
 #   make proto   generate the gRPC stubs from cluster/braid_v1.proto again
 #   make bench   Braid beside its rivals, which are installed into .bench, on one checkpoint; about 25 minutes of an idle
 #                machine. ARGS=--quick: 4 minutes. bench-growth: cost against size; bench-load: under load made by aiperf
 #   make clean   remove .venv, .bench, build output and caches
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test lint proto bench bench-growth bench-load clean
+.PHONY: demo test lint compile-gate compile-report proto bench bench-growth bench-load clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +25,7 @@ CONSTRAINTS := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 || echo --constrai
 demo: $(VENV)/.installed
 	cd $(VENV) && bin/braid demo
 
-test: lint
+test: lint compile-gate
 	$(BIN)/pytest
 
 # mypy names modules after their folders, so it must find this one under the name `braid`, whatever the clone is called.
@@ -38,6 +40,16 @@ proto: $(VENV)/.installed-dev
 
 # Started in .bench, for the reason that demo is started in .venv. What cannot be installed costs its own row only.
 BENCH := mkdir -p .bench && cd .bench && ../$(BIN)/python -P -m braid.benchmarks
+
+# In processes of their own: one either compiles kernels or, as the tests do, interprets them.
+compile-gate: $(VENV)/.installed-dev
+	$(BENCH).gpu.compile_gate --out compile.json
+
+NEXT_TRITON := 3.9.0
+compile-report: $(VENV)/.installed-dev
+	@if $(PIP) --no-deps --upgrade --target .bench/triton-next triton==$(NEXT_TRITON) 2>/dev/null; then \
+	  export PYTHONPATH=triton-next && $(BENCH).gpu.compile_gate --report-only --out compile-next.json; \
+	else echo "Triton $(NEXT_TRITON) cannot be installed here: nothing to report"; fi
 
 bench: $(VENV)/.installed-dev
 	$(BENCH).rivals.install llamacpp vllm

@@ -87,7 +87,11 @@ def _write(draw: Draw, config: ModelConfig, rows: int) -> Run:
 
 
 def _heads(draw: Draw, rows: int, num_heads: int, inputs: int, outputs: int) -> Run:
-    x, weights = draw.normal(rows, num_heads, inputs), draw.normal(num_heads, outputs, inputs, scale=inputs**-0.5)
+    """Weights are views of kv_b, as they serve: W_UK with its inputs as rows."""
+    x, is_transposed = draw.normal(rows, num_heads, inputs), inputs < outputs
+    shape = (inputs, outputs) if is_transposed else (outputs, inputs)
+    stored = draw.normal(num_heads, *shape, scale=inputs**-0.5)
+    weights = stored.transpose(1, 2) if is_transposed else stored
     return Run(
         lambda: heads.head_linear(x, weights), lambda: torch.einsum("mhk,hnk->mhn", x.double(), weights.double())
     )

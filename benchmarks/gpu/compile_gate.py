@@ -87,8 +87,9 @@ def compile_one(launch: Launch, shape: str) -> Compiled:
     except Exception as error:  # the compiler's own, of any kind: one more reason to refuse the kernel
         why = (f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-300:]}",)
         return Compiled(name, tile, stages, shape, None, time.monotonic() - begun, why)
-    seen = measured(kernel)
-    broken = tuple(broken_limits(seen, asked(kernel.asm["ttir"])))
+    wants = asked(kernel.asm["ttir"])
+    seen = measured(kernel, wants.has_tensor_code)
+    broken = tuple(broken_limits(seen, wants))
     return Compiled(name, tile, stages, shape, seen, time.monotonic() - begun, broken)
 
 

@@ -81,10 +81,12 @@ class _AttentionLayer:
         q_rank, rank, inner = config.q_lora_rank or 0, config.kv_lora_rank, config.shared_intermediate_size
         self.qkv_a = draw.block_weight(q_rank + config.latent_dim, hidden)
         self.q_b = draw.block_weight(num_heads * config.qk_head_dim, q_rank)
-        self.w_uk = draw.normal(num_heads, rank, config.qk_nope_head_dim, scale=rank**-0.5)
-        self.w_uv = draw.normal(num_heads, config.v_head_dim, rank, scale=rank**-0.5)
+        nope = config.qk_nope_head_dim
+        kv_b = draw.normal(num_heads, nope + config.v_head_dim, rank, scale=rank**-0.5)
+        self.w_uk, self.w_uv = kv_b[:, :nope].transpose(1, 2), kv_b[:, nope:]
         self.o_proj = draw.block_weight(hidden, num_heads * config.v_head_dim)
-        self.gate, self.bias = draw.normal(config.n_routed_experts or 1, hidden), None
+        experts = config.n_routed_experts or 1
+        self.gate, self.bias = draw.normal(experts, hidden, scale=hidden**-0.5), draw.wide(experts)
         self.w13, self.w2 = draw.block_weight(2 * inner, hidden), draw.block_weight(hidden, inner)
         self.norms = [draw.normal(hidden), draw.normal(hidden), draw.normal(q_rank), draw.normal(rank)]
         self.x, self.delta = draw.normal(batch, hidden), draw.normal(batch, hidden)

@@ -15,12 +15,14 @@ from .verdict import INSTRUCTIONS, Measured
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def measured(kernel: Any) -> Measured:
-    """`kernel`: Triton's CompiledKernel."""
+def measured(kernel: Any, has_tensor_code: bool) -> Measured:
+    """`kernel`: Triton's CompiledKernel. Without `has_tensor_code` its instructions are not read, which would take as
+    long as to compile it: what asks for no product and no copy of tiles gets none."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        use, code = _said("cuobjdump", "-res-usage", file.name), _said("nvdisasm", file.name)
+        use = _said("cuobjdump", "-res-usage", file.name)
+        code = _said("nvdisasm", "-c", "-ndf", file.name) if has_tensor_code else ""
     return Measured(
         registers=_number(use, "REG"),
         spill_bytes=_number(use, "STACK") + _number(use, "LOCAL"),

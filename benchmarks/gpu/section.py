@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from braid.kernels.gpu.gemm import set_descriptor_memory
+
 from . import ceilings, checks, invariance, layers, rivals, sanitizer, speed
 from .setting import Section, Setting
 from .sizes import MODELS
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--rivals", type=Path)
     args = parser.parse_args(arguments)
+    set_descriptor_memory(torch.device(args.device))
     setting = Setting(torch.device(args.device), args.shapes, time.monotonic() + args.seconds, args.rivals)
     with args.rows.open("w") as file:
         for row in SECTIONS[args.section](setting):

@@ -30,6 +30,10 @@ class Asked:
     products: frozenset[str]
     copies_tiles: bool
 
+    @property
+    def has_tensor_code(self) -> bool:
+        return bool(self.products) or self.copies_tiles
+
 
 def asked(ttir: str) -> Asked:
     """`ttir`: Triton's own intermediate form, before it has chosen instructions."""
