@@ -203,22 +203,25 @@ class AttentionWorker:
     def _hop_counters(self) -> dict[str, float]:
         if self._remote is None:
             return {}
-        counters = self._remote.counters
-        balance = _balance(self._remote.loads)
+        counters, loads = self._remote.counters, self._remote.loads
+        mailed = num_redone = 0
+        if self._mail is not None and self._mail.loads.shape == loads.shape:
+            mailed, num_redone = int(self._mail.loads.sum()), self._mail.num_redone
+            loads = loads + self._mail.loads
         return {
             "epoch": self._remote.epoch,
             "hops": counters.hops,
-            "dispatch_rows": counters.rows,
+            "dispatch_rows": counters.rows + mailed,
             "dispatch_bytes": counters.bytes_out,
             "combine_bytes": counters.bytes_in,
-            "dispatch_resent": counters.resent,
+            "dispatch_resent": counters.resent + num_redone,
             "hops_timed": counters.timed,
             "hop_serialise_s": round(counters.serialise_s, 6),
             "hop_wire_s": round(counters.wire_s, 6),
             "hop_queue_s": round(counters.queue_s, 6),
             "expert_wait_s": round(counters.wait_s, 6),
             "expert_compute_s": round(counters.compute_s, 6),
-            **balance,
+            **_balance(loads),
         }
 
     def _on_gpu(self, remote: RemoteExperts, ops: Ops) -> StagedExperts | DeviceExperts:
