@@ -56,7 +56,8 @@ class Prompt:
 
     def expand(self, latents: Tensor) -> Tensor:
         """Row by row, so that a row's bits are its own."""
-        return (latents.float()[:, None] * self.kv_b).sum(-1).bfloat16()
+        expanded: Tensor = (latents.float()[:, None] * self.kv_b).sum(-1).bfloat16()
+        return expanded
 
     def attend(self, start: int, end: int) -> Tensor:
         out = torch.full((end - start, self.sizes.heads, self.sizes.value), torch.nan).bfloat16()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from braid.kernels.gpu import noise, sample
+from braid.kernels.gpu import filters, noise, sample
 from braid.kernels.gpu.sample import SamplingRows
 from braid.model.noise import gumbel_of, random_bits
 from braid.model.sampler import NothingToSample, Sampler, SamplingParams
@@ -21,7 +21,7 @@ from braid.model.sampler import NothingToSample, Sampler, SamplingParams
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "CHUNK", 32)
     monkeypatch.setattr(sample, "TILE", 16)
-    monkeypatch.setattr(sample, "DIGIT_TILE", 16)
+    monkeypatch.setattr(filters, "TILE", 16)
 
 
 def rows_of(params: list[SamplingParams], positions: list[int]) -> SamplingRows:
@@ -78,7 +78,7 @@ def check(logits: Tensor, params: list[SamplingParams], generator: random.Random
     assert chosen(logits, params, positions) == expected(logits, params, positions)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def noise_kernel(bits_ptr, gumbel_ptr, seed_ptr, position_ptr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
     first = tl.program_id(0) * TOKENS
     bits = noise.random_bits(tl.load(seed_ptr), tl.load(position_ptr), first, TOKENS)
@@ -106,29 +106,29 @@ def test_greedy_takes_the_first_of_equals() -> None:
 
 def test_temperature_alone_draws_as_the_cpu_does() -> None:
     generator = random.Random(1)
-    logits = some_logits(30, 90, 1)
+    logits = some_logits(24, 90, 1)
     check(logits, [asking(generator, top_k=0, top_p=1.0) for _ in logits], generator)
 
 
 def test_filters_leave_what_the_cpu_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "DIGIT_BITS", 8)
-    monkeypatch.setattr(sample, "STEPS", 4)
+    monkeypatch.setattr(filters, "DIGIT_BITS", 8)
+    monkeypatch.setattr(filters, "TILE", 32)
     generator = random.Random(2)
-    logits = some_logits(40, 32, 2)
+    logits = some_logits(32, 32, 2)
     check(logits, [asking(generator) for _ in logits], generator)
 
 
 def test_filters_in_digits_of_five_bits_over_several_chunks() -> None:
     generator = random.Random(3)
-    logits = some_logits(8, 75, 3)
+    logits = some_logits(4, 40, 3)
     check(logits, [asking(generator, temperature=1.0) for _ in logits], generator)
 
 
 def test_only_the_first_ties_at_the_edge_are_left() -> None:
     generator = random.Random(4)
-    logits = torch.zeros(6, 70)
-    logits[3:, 50] = 1.0
-    asked = [{"top_k": 40, "top_p": 1.0}, {"top_k": 0, "top_p": 0.5}, {"top_k": 33, "top_p": 0.5}] * 2
+    logits = torch.zeros(3, 40)
+    logits[1:, 35] = 1.0
+    asked = [{"top_k": 34, "top_p": 1.0}, {"top_k": 0, "top_p": 0.5}, {"top_k": 33, "top_p": 0.9}]
     check(logits, [asking(generator, temperature=1.0, min_p=0.0, **some) for some in asked], generator)
 
 
