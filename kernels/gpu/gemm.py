@@ -32,7 +32,7 @@ def store_tile(total, bias_ptr, out_ptr, row, output, M, N, out_stride, HAS_BIAS
     tl.store(where, total.T.to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (output < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "x_scale_stride", "part_steps"])
+@triton.jit(do_not_specialize=["M", "steps", "x_scale_stride", "part_steps"])
 def fp8_kernel(
     x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, steps, x_scale_stride, out_stride, part_steps,
     HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -197,12 +197,12 @@ def _room(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
 def run_fp8(
     x: Quantised, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor, tiling: Tiling
 ) -> None:
+    """out: [M, N], or the first of the tiling's [programs, M, N], which takes no bias."""
     (num_rows, depth), num_outputs = x.codes.shape, weight.shape[0]
     if num_rows == 0:
         return
     grid, has_bias = tiling.grid(num_rows, num_outputs), bias is not None
-    x_tiles, w_tiles = tiles_of(x.codes, tiling.tokens), tiles_of(weight, tiling.outputs)
-    strides = x.scales.stride(0), out.stride(0)
+    x_tiles, strides = tiles_of(x.codes, tiling.tokens), (x.scales.stride(0), out.stride(0))
     if tiling.is_large:
         set_descriptor_memory(out.device)
         fp8_stream_kernel[grid](
@@ -212,13 +212,15 @@ def run_fp8(
         )  # fmt: skip
     else:
         fp8_kernel[grid](
-            x_tiles, w_tiles, x.scales, weight_scale, bias, out, num_rows, num_outputs, triton.cdiv(depth, GROUP),
-            *strides, tiling.part_steps, HAS_BIAS=has_bias, TOKENS=tiling.tokens, OUTPUTS=tiling.outputs,
+            x_tiles, tiles_of(weight, tiling.outputs), x.scales, weight_scale, bias, out, num_rows, num_outputs,
+            triton.cdiv(depth, GROUP), *strides, tiling.part_steps,
+            HAS_BIAS=has_bias, TOKENS=tiling.tokens, OUTPUTS=tiling.outputs,
             num_warps=4, num_stages=_stages(tiling.tokens),
         )  # fmt: skip
 
 
 def run_bf16(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tiling: Tiling) -> None:
+    """As run_fp8."""
     (num_rows, depth), num_outputs = x.shape, weight.shape[0]
     if num_rows == 0:
         return
