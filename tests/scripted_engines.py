@@ -144,9 +144,11 @@ class ScriptedExperts:
 
 
 class Worker:
-    """`turn` is one round of the serving thread."""
+    """`turn` is one round of the serving thread. `has_waits`: its experts are elsewhere."""
 
-    def __init__(self, name: str, incarnation: int = 1, blocks: int = 8, max_waiting: int = 8) -> None:
+    def __init__(
+        self, name: str, incarnation: int = 1, blocks: int = 8, max_waiting: int = 8, has_waits: bool = False
+    ) -> None:
         self.hello = Hello(name, "both", incarnation, "host")
         self.reactor = Reactor()
         cache = LatentCache(CONFIG, blocks, torch.float32)
@@ -158,7 +160,7 @@ class Worker:
         )
         self.model, self.experts = ScriptedModel(cache), ScriptedExperts()
         self.engine = Engine(CONFIG, cast(DeepSeekModel, self.model), self.experts, self.requests)
-        if name == "b":  # of two workers one has its experts elsewhere
+        if has_waits:
             self.experts.has_waits, self.model.while_waiting = True, self.engine.meanwhile
 
     def listen(self) -> None:

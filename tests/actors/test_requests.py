@@ -17,12 +17,12 @@ TEN = SamplingParams(max_tokens=10, temperature=0.0)
 
 
 class Trio:
-    """Workers `a` and `b`, linked with each other and with one front end."""
+    """Workers `a` and `b`, linked with each other and with one front end. The experts of `b` are elsewhere."""
 
     def __init__(self, **limits: int) -> None:
         self.limits = limits
         self.front = Front()
-        self.workers = {name: Worker(name, **limits) for name in "ab"}
+        self.workers = {name: Worker(name, has_waits=name == "b", **limits) for name in "ab"}
         self.ends: dict[str, tuple[Link, Link]] = {}
         for pair in ("ab", "af", "bf"):
             self.connect(pair)
@@ -45,7 +45,7 @@ class Trio:
             self.cut(pair)
         old = self.workers[name]
         old.close()
-        self.workers[name] = Worker(name, old.hello.incarnation + 1, **self.limits)
+        self.workers[name] = Worker(name, old.hello.incarnation + 1, has_waits=name == "b", **self.limits)
         for pair in pairs:
             self.connect(pair)
 
