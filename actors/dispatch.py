@@ -11,7 +11,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from ..router.expert_map import ExpertMap
 from ..router.replica_bias import ReplicaBias
+from .direct_rows import DirectRows
 from .hops import Counters, Part, RemoteHandle
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import DISPATCH, ROWS, Kind
 from .pairs import Ints, encode, scatter, split
 from .reactor import Closed, Event, Received
-from .row_buffers import RowBuffer, RowBuffers
+from .row_buffers import RowBuffers
+from .shm_pipe import HAS_NATIVE
 from .wire import DTYPE_CODES, rows_from
 
 DISPATCH_DEADLINE_S = 30.0  # a prefill chunk on a busy CPU takes seconds; a hung worker must still be told apart
@@ -41,6 +43,8 @@ class Mail(Protocol):
     """Where replies come from; events that are not expert replies are kept for the engine."""
 
     def poll(self, timeout_s: float) -> list[Event]: ...
+
+    def spin(self, look: Callable[[int, int], Any]) -> Any: ...
 
     def defer(self, event: Event) -> None: ...
 
@@ -65,6 +69,7 @@ class RemoteExperts:
         self._num_experts = num_experts
         self._next_id = 1
         self._links: list[Link | None] = []
+        self._direct: DirectRows | None = None
         self._names: list[str] = []
         self._layer_row: dict[int, int] = {}
         self._steps = 0
@@ -93,6 +98,7 @@ class RemoteExperts:
         for link in self._links:
             if link is not None:
                 link.hold_payloads(Kind.ROWS)
+        self._direct = DirectRows(self._links, self._buffers) if HAS_NATIVE else None
         dead = [index for index, link in enumerate(self._links) if link is None or link.closed]
         self._bias = ReplicaBias(expert_map, layers, dead)
         self._table = self._bias.table()
@@ -107,15 +113,16 @@ class RemoteExperts:
         """
         started = time.monotonic()
         self._take_back()
-        experts = topk_idx.numpy().reshape(-1)
-        handle = RemoteHandle(layer, x.contiguous(), experts, topk_idx.shape[1], first_row)
-        slots = self._all_slots(len(experts))
-        if layer not in self._layer_row:  # a front end can be faster than the first map
-            self._fail(handle, slots)
-            return handle
-        self._send(handle, slots)
-        self.counters.serialise_s += time.monotonic() - started
-        self.loads[self._layer_row[layer]] += np.bincount(experts, minlength=self._num_experts)
+        handle = RemoteHandle(layer, x.contiguous(), topk_idx.numpy().reshape(-1), topk_idx.shape[1], first_row)
+        row = self._layer_row.get(layer)
+        if row is None:  # a front end can be faster than the first map
+            self._fail(handle, self._all_slots(len(handle.experts)))
+        elif self._direct is not None:
+            self.counters.serialise_s += self._send_direct(self._direct, handle, row) - started
+        else:
+            self._send(handle, self._all_slots(len(handle.experts)))
+            self.counters.serialise_s += time.monotonic() - started
+            self.loads[row] += np.bincount(handle.experts, minlength=self._num_experts)
         return handle
 
     def collect(self, handle: RemoteHandle) -> Tensor:
@@ -127,6 +134,9 @@ class RemoteExperts:
         if handle.pending:
             self.while_waiting()
         while handle.pending:
+            if self._direct is not None and (arrival := self._direct.take(self.mail, self._open)) is not None:
+                self._note_rows(*arrival)
+                continue
             nearest = min(part.expires for part in handle.pending.values())
             events = deque(self.mail.poll(max(nearest - time.monotonic(), 0.0)))
             if not events:  # judged only when nothing is left to read: it may be us who slept
@@ -140,9 +150,8 @@ class RemoteExperts:
         self._lent.append(handle)
         self.counters.wait_s += time.monotonic() - started
         if handle.whole is not None:
-            rows = rows_from(handle.whole.payload, handle.x.dtype, handle.x.shape[1])
-        else:
-            rows = self._buffer_of(handle).rows[: len(handle.experts)]
+            return handle.whole
+        rows = handle.gathered(self._buffers).rows[: len(handle.experts)]
         return rows.view(-1, handle.top_k, rows.shape[1])
 
     def _take_back(self) -> None:
@@ -151,11 +160,6 @@ class RemoteExperts:
             if handle.buffer is not None:
                 self._buffers.give_back(handle.buffer)
         self._lent.clear()
-
-    def _buffer_of(self, handle: RemoteHandle) -> RowBuffer:
-        if handle.buffer is None:
-            handle.buffer = self._buffers.take(len(handle.experts), handle.x.shape[1], handle.x.dtype)
-        return handle.buffer
 
     def _give_up_overdue(self, handle: RemoteHandle) -> None:
         now = time.monotonic()
@@ -182,6 +186,28 @@ class RemoteExperts:
             part.handle.pending.clear()
         self._open.clear()
         return failed
+
+    def _send_direct(self, direct: DirectRows, handle: RemoteHandle, row: int) -> float:
+        """Into rings what goes there at once, then the rest by messages. Returns when the last of it was sent."""
+        owner_of, loads, number = self._table[row], self.loads[row], self._next_id
+        order, parts = direct.send(handle, owner_of, loads, number, self.epoch, self.phase)
+        unsent, last = [], 0.0
+        for owner, first, num, num_bytes, sent in parts:
+            slots, link = order[first : first + num], self._links[owner]
+            if num_bytes < 0:
+                unsent.append((owner, slots))
+                continue
+            assert link is not None, "what has no link has no ring"
+            link.has_sent(num_bytes)
+            part = Part(handle, owner, link, slots, sent + DISPATCH_DEADLINE_S, sent)
+            self._open[number] = handle.pending[number] = part
+            self._note_sent(part, num_bytes)
+            number, last = number + 1, sent
+        self._next_id = number
+        for owner, slots in unsent:
+            self._send_part(handle, owner, slots)
+            last = time.monotonic()
+        return last
 
     def _send(self, handle: RemoteHandle, slots: Ints) -> None:
         """slots: ascending flat places (row * k + slot) that need a worker."""
@@ -213,10 +239,14 @@ class RemoteExperts:
             self._lost(link)
             return
         part.sent = time.monotonic()
-        self.counters.hops += 1
-        self.counters.rows += num_pairs
-        self.counters.bytes_out += num_bytes
-        self._owner_rows[owner] += num_pairs
+        self._note_sent(part, num_bytes)
+
+    def _note_sent(self, part: Part, num_bytes: int) -> None:
+        counters, num_pairs = self.counters, len(part.slots)
+        counters.hops += 1
+        counters.rows += num_pairs
+        counters.bytes_out += num_bytes
+        self._owner_rows[part.owner] += num_pairs
 
     def _make_room(self, num_bytes: int) -> None:
         """A payload's memory is free again when `send` returns."""
@@ -251,18 +281,23 @@ class RemoteExperts:
             part.link.close(f"it sent {len(message.payload)} bytes of rows, {expected} were asked for")
             self._lost(part.link)
             return
-        self._forget(number, part)
         if len(part.slots) == len(handle.experts):
-            handle.whole = message
+            rows = rows_from(message.payload, handle.x.dtype, handle.x.shape[1])
+            handle.whole, handle.hold = rows.view(-1, handle.top_k, rows.shape[1]), message
         else:
-            scatter(message.payload, part.slots, self._buffer_of(handle).rows)
+            scatter(message.payload, part.slots, handle.gathered(self._buffers).rows)
+        self._note_rows(number, part, queue_ns, compute_ns, held_ns)
+
+    def _note_rows(self, number: int, part: Part, queue_ns: int, compute_ns: int, held_ns: int) -> None:
+        """A part's rows have come."""
+        self._forget(number, part)
         counters, held_s = self.counters, held_ns / 1e9
         if part.sent + held_s > self._collecting_since:  # else they may have lain there while we computed
             counters.timed += 1
             counters.wire_s += time.monotonic() - part.sent - held_s
         counters.queue_s += queue_ns / 1e9
         counters.compute_s += compute_ns / 1e9
-        counters.bytes_in += len(message.payload)
+        counters.bytes_in += len(part.slots) * part.handle.row_bytes
 
     def _forget(self, number: int, part: Part) -> None:
         del self._open[number], part.handle.pending[number]
@@ -296,7 +331,7 @@ class RemoteExperts:
         self._send(part.handle, part.slots)
 
     def _fail(self, handle: RemoteHandle, slots: Ints) -> None:
-        self._buffer_of(handle).rows[torch.from_numpy(slots)] = 0.0
+        handle.gathered(self._buffers).rows[torch.from_numpy(slots)] = 0.0
         for slot in slots.tolist():
             reason = f"no live replica of expert {handle.experts[slot]} of layer {handle.layer}"
             self.failed[handle.first_row + slot // handle.top_k] = reason

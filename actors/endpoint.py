@@ -35,7 +35,7 @@ def _nothing(link: Link) -> None:
 
 
 class Endpoint:
-    """`inbox` and `poll` belong to the serving thread; `apply`, `wake` and `stop` may be called from others."""
+    """`inbox`, `poll` and `spin` belong to the serving thread; `apply`, `wake` and `stop` may be called from others."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
@@ -43,6 +43,7 @@ class Endpoint:
         self.on_death: Callable[[Link], None] = _nothing  # told at once, on the death watch's thread
         self._death_watch = DeathWatch(lambda link: self.on_death(link))
         self.reactor = Reactor(self._death_watch)
+        self.spin = self.reactor.spin
         self.stopping = False
         self.failure: BaseException | None = None
         self._links: dict[str, Link] = {}

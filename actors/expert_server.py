@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from .direct_answers import DirectAnswers
 from .expert_host import ExpertHost, Slice
 from .links import Link, LinkClosed, LinkFull
 from .messages import DISPATCH, ROWS, Kind
@@ -58,6 +59,8 @@ class Mail(Protocol):
 
     def poll(self, timeout_s: float) -> list[Event]: ...
 
+    def spin(self, look: Callable[[int, int], Any]) -> Any: ...
+
 
 class ExpertServer:
     def __init__(self, host: ExpertHost, hidden: int, num_experts: int, dtype: torch.dtype) -> None:
@@ -67,6 +70,7 @@ class ExpertServer:
         self._row_bytes = hidden * dtype.itemsize
         self._buffers = RowBuffers()
         self._jobs: list[Job] = []
+        self._direct = DirectAnswers(host, hidden, num_experts, dtype, self.counts)
 
     @property
     def has_jobs(self) -> bool:
@@ -74,10 +78,12 @@ class ExpertServer:
 
     def serve(self, mail: Mail, is_stopping: Callable[[], bool]) -> None:
         while not is_stopping():
-            self.turn(mail.poll(0.0 if self._jobs else IDLE_S))
+            if self._jobs or not self._direct.turn(mail):
+                self.turn(mail.poll(0.0 if self._jobs else IDLE_S))
 
     def turn(self, events: list[Event]) -> None:
         """Takes in what has come, and computes the batch whose turn it is."""
+        self._direct.note(events)
         self._jobs += jobs_of(events, self._hidden, self._num_experts, self._dtype)
         if self._jobs:
             batch, self._jobs = next_batch(self._jobs, time.monotonic())

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .links import Link, Message
+from .links import Link
 from .pairs import Ints
-from .row_buffers import RowBuffer
+from .row_buffers import RowBuffer, RowBuffers
 
 
 @dataclass(slots=True)
@@ -32,13 +32,20 @@ class RemoteHandle:
     experts: Ints
     top_k: int
     first_row: int
-    whole: Message | None = None  # the answer of one worker that had everything: its rows are in slot order
+    whole: Tensor | None = None  # [M, k, hidden], the answer of one worker that had everything
+    hold: object = None  # keeps its memory where it is
     buffer: RowBuffer | None = None  # else where the rows of several come together
     pending: dict[int, Part] = field(default_factory=dict)
 
     @property
     def row_bytes(self) -> int:
         return self.x.shape[1] * self.x.itemsize
+
+    def gathered(self, buffers: RowBuffers) -> RowBuffer:
+        """Where the rows of several workers come together."""
+        if self.buffer is None:
+            self.buffer = buffers.take(len(self.experts), self.x.shape[1], self.x.dtype)
+        return self.buffer
 
 
 @dataclass(slots=True)

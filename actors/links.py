@@ -7,15 +7,21 @@ LinkError
 └── HandshakeRejected   somebody answered and we are not of one cluster: do not try again with this view
 """
 
+from __future__ import annotations
+
 import os
 import select
 import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .framing import HEADER, FrameReader, frame_head, frame_pieces
 from .pipe import PeerGone, Piece, Pipe, Transport
 from .send_queue import SendQueue
+
+if TYPE_CHECKING:
+    from ._native import Lane
 
 DEFAULT_MAX_QUEUED_BYTES = 256 << 20
 
@@ -74,7 +80,7 @@ class Link:
         self._lock = threading.RLock()  # guards all below, and the writing half of the pipe
         self._queue = SendQueue()
         self._epoll: select.epoll | None = None
-        self.is_closed_here = self._is_attached = self._is_released = self._is_reserved = False
+        self.is_closed_here = self._is_attached = self._is_released = False
 
     def __repr__(self) -> str:
         return f"Link({self.peer.name}/{self.peer.incarnation} over {self.transport}, closed={self.closed!r})"
@@ -98,7 +104,7 @@ class Link:
             if self._queue.num_bytes + num_bytes > self.max_queued_bytes:
                 raise LinkFull(f"{self.peer.name} reads too slowly: {self._queue.num_bytes} bytes wait for it")
             try:
-                written = 0 if self._queue or self._is_reserved else self._pipe.write(pieces)
+                written = 0 if self._queue else self._pipe.write(pieces)
             except PeerGone as error:
                 self._give_up(error)
                 raise LinkClosed(f"the link to {self.peer.name} is closed: {self.closed}") from error
@@ -114,20 +120,17 @@ class Link:
         Everybody else's messages queue behind it until `commit`, which must follow.
         """
         with self._lock:
-            if self.closed is not None or self._queue or self._is_reserved:
+            if self.closed is not None or self._queue:
                 return None
             try:
-                memory = self._pipe.reserve(HEADER.size + meta_bytes, payload_bytes)
+                return self._pipe.reserve(HEADER.size + meta_bytes, payload_bytes)
             except PeerGone as error:
                 self._give_up(error)
                 return None
-            self._is_reserved = memory is not None
-            return memory
 
     def commit(self, kind: int, meta: bytes, payload_bytes: int) -> None:
         """Sends what was reserved; both lengths must be those that were told then."""
         with self._lock:
-            self._is_reserved = False
             if self.closed is not None:
                 raise LinkClosed(f"the link to {self.peer.name} is closed: {self.closed}")
             self._pipe.commit(frame_head(kind, meta, payload_bytes), payload_bytes)
@@ -175,6 +178,22 @@ class Link:
         if self._queue:
             self.flush()
 
+    @property
+    def lane(self) -> Lane | None:
+        """Its rings, for who moves whole messages past the link and tells it by `has_sent` and `has_taken`."""
+        return self._pipe.lane
+
+    def has_sent(self, num_bytes: int) -> None:
+        self.bytes_sent += num_bytes
+        self.messages_sent += 1
+        if self._queue:
+            self.flush()
+
+    def has_taken(self, num_bytes: int) -> None:
+        self.bytes_received += num_bytes
+        self.messages_received += 1
+        self.last_received = time.monotonic()
+
     def incoming_words(self) -> int | None:
         return self._pipe.incoming_words
 
@@ -202,7 +221,7 @@ class Link:
     def flush(self) -> None:
         """Writes what is queued as far as there is room."""
         with self._lock:
-            if self.closed is None and not self._is_reserved:
+            if self.closed is None:
                 try:
                     if self._queue.drain(self._pipe):
                         self._watch_room(False)

@@ -1,7 +1,12 @@
 """What a link needs from the bytes underneath it: a non-blocking stream that an epoll can watch."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from ._native import Lane
 
 Transport = Literal["shm", "unix", "tcp"]
 Piece = bytes | memoryview
@@ -14,6 +19,11 @@ class PeerGone(Exception):
 class Pipe(Protocol):
     @property
     def transport(self) -> Transport: ...
+
+    @property
+    def lane(self) -> Lane | None:
+        """Its rings for who reads and writes whole messages natively, if it has any."""
+        ...
 
     def interest(self, wants_room: bool) -> list[tuple[int, int]]:
         """The (fd, epoll mask) pairs to watch; with `wants_room` also the one that tells of room to write."""
@@ -49,7 +59,10 @@ class Pipe(Protocol):
         ...
 
     def reserve(self, head_bytes: int, payload_bytes: int) -> memoryview | None:
-        """Where the payload of the next frame may be written; None: it cannot be. Nothing is sent until `commit`."""
+        """Where the payload of the next frame may be written; None: it cannot be.
+
+        Until `commit` nothing is sent, and `write` takes nothing.
+        """
         ...
 
     def commit(self, head: bytes, payload_bytes: int) -> None: ...

@@ -4,14 +4,18 @@ import os
 import select
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .death_watch import DeathWatch
 from .links import Link, Message
 from .pipe import PeerGone
 from .shm_pipe import doze, rouse
-from .spin import Patience, spin
+from .spin import SPIN_NS, Outcome, Patience, spin
+
+T = TypeVar("T")
 
 MAX_MESSAGES_A_TURN = 256  # of one link in one poll, so that a talkative peer cannot starve the others
 MAX_READY = 64
@@ -44,6 +48,7 @@ class Reactor:
     def __init__(self, death_watch: DeathWatch | None = None) -> None:
         self._death_watch = death_watch
         self._epoll = select.epoll()
+        self._epoll_fd = self._epoll.fileno()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._lock = threading.Lock()
@@ -54,6 +59,7 @@ class Reactor:
         self._rings: dict[Link, int] = {}
         self._ring_words: tuple[int, ...] = ()
         self._patience = Patience()
+        self._has_spun = False
         self._num_unasked = 0
         self._unfinished: dict[Link, None] = {}  # links whose turn ended before their bytes did
 
@@ -91,6 +97,7 @@ class Reactor:
         """
         due, self._unfinished = self._unfinished, {}
         self._look(due)
+        is_urgent, self._has_spun = is_urgent and not self._has_spun, False
         if is_urgent and not due and timeout_s != 0 and self._patience.is_worth_it():
             self._patience.learn(spin(self._ring_words, self._epoll.fileno()))
             self._look(due)
@@ -110,6 +117,19 @@ class Reactor:
         while self._joining:
             self._admit(self._joining.popleft(), events)
         return events
+
+    def spin(self, look: Callable[[int, int], T | int]) -> T | None:
+        """What `look(epoll fd, nanoseconds to spin)` takes out of rings itself, past the events; None: poll now.
+
+        It looks no further than to a message that is not for it, or to what the epoll knows, and gives an Outcome then.
+        """
+        found = look(self._epoll_fd, SPIN_NS if self._patience.is_worth_it() else 0)
+        if not isinstance(found, int):
+            self._patience.learn(Outcome.NEWS)
+            return found
+        self._patience.learn(Outcome(found))
+        self._has_spun = found != Outcome.NEWS
+        return None
 
     def _ask_epoll(self, timeout_s: float | None, due: dict[Link, None]) -> None:
         for fd, mask in self._epoll.poll(-1 if timeout_s is None else timeout_s, MAX_READY):

@@ -41,6 +41,7 @@ class SocketPipe:
             self._is_drained = False
 
     incoming_words = None
+    lane = None
 
     def look(self) -> bool:
         return False

@@ -12,6 +12,7 @@ if HAS_NATIVE:
     from . import _native
 
 SPIN_S = 0.005  # a decode step's experts of one layer take a few milliseconds on a CPU
+SPIN_NS = int(SPIN_S * 1e9)
 MAX_PAUSE = 63  # waits spent asleep before the next try
 
 
@@ -43,4 +44,4 @@ class Patience:
 
 def spin(rings: tuple[int, ...], epoll_fd: int) -> Outcome:
     """Until a ring (the address of its words) or the epoll has news, SPIN_S are over, or the core is wanted."""
-    return Outcome(_native.spin(rings, epoll_fd, int(SPIN_S * 1e9))) if HAS_NATIVE else Outcome.QUIET
+    return Outcome(_native.spin(rings, epoll_fd, SPIN_NS)) if HAS_NATIVE else Outcome.QUIET

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..model.from_device import Fetched, fetch
 from ..model.ops import Operand, Ops
 from ..model.to_device import on_device
 from .dispatch import RemoteExperts
-from .expert_host import ExpertHost, Slice
+from .expert_host import ExpertHost
 from .hops import RemoteHandle
 
 
@@ -84,10 +83,8 @@ class StagedExperts:
 class StagedHost(ExpertHost):
     """ExpertHost whose weights lie on a device; slices and rows are the host's, where the links read and write."""
 
-    def run(self, layer: int, parts: list[Slice], out: Tensor) -> None:
-        held, num_pairs = self._weights[layer], out.shape[0]
-        x = parts[0].x if len(parts) == 1 else torch.cat([part.x for part in parts])
-        pairs = torch.from_numpy(self._rows[:num_pairs]), torch.from_numpy(self._places[:num_pairs])
-        x, rows, places = (on_device(tensor, held.ops.device) for tensor in (x, *pairs))
+    def compute(self, layer: int, x: Tensor, rows: Tensor, places: Tensor, out: Tensor) -> None:
+        held = self._weights[layer]
+        x, rows, places = (on_device(tensor, held.ops.device) for tensor in (x, rows, places))
         (computed,) = fetch(held.ops.grouped_mlp(x, rows, places, held.w13, held.w2)).wait()
         out.copy_(computed)

@@ -15,11 +15,12 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ class Hop:
     """Microseconds, and bytes both ways."""
 
     total: float
-    after_dispatch: float  # from the moment that the dispatch has been sent
+    after_dispatch: float  # from the moment that the last of the dispatch was sent
     serialise: float
     wire: float
     queue: float
@@ -84,6 +85,9 @@ class Mail:
         events = self.reactor.poll(timeout_s, is_urgent=True)
         self.is_over |= any(isinstance(event, Closed) for event in events)
         return events
+
+    def spin(self, look: Callable[[int, int], Any]) -> Any:
+        return self.reactor.spin(look)
 
     def defer(self, event: Event) -> None:
         pass
@@ -145,11 +149,12 @@ def hops(experts: RemoteExperts, shape: Shape, num_tokens: int, rounds: int, thi
         before = asdict(experts.counters)
         started = time.monotonic()
         handle = experts.dispatch(LAYER, x, topk_idx)
-        sent = time.monotonic()
+        parts = list(handle.pending.values())
         rows = experts.collect(handle)
         collected = time.monotonic()
         ops.combine(shared, rows, weights, out=out)
         ended = time.monotonic()
+        sent = max(part.sent for part in parts)
         spent = {name: value - before[name] for name, value in asdict(experts.counters).items()}
         parts = {name: spent[f"{name}_s"] / spent["hops"] for name in ("wire", "queue", "compute")}
         times = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,11 @@ class Post:
             expert.answer()
         events: list[Event] = self.reactor.poll(min(timeout_s, 1.0))
         return events
+
+    def spin(self, look: Callable[[int, int], Any]) -> Any:
+        for expert in self.experts:
+            expert.answer()
+        return self.reactor.spin(look)
 
     def defer(self, event: Event) -> None:
         self.deferred.append(event)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,11 @@ class Post:
             server.serve()
         events: list[Event] = self.reactor.poll(min(timeout_s, 0.01))
         return events
+
+    def spin(self, look: Callable[[int, int], Any]) -> Any:
+        for server in self.servers:
+            server.serve()
+        return self.reactor.spin(look)
 
     def defer(self, event: Event) -> None:
         self.deferred.append(event)
