@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.deepseek import Batch, Segment
-from .scheduler import Chunk, Plan, Scheduler, reaches
+from .scheduler import Chunk, Plan, Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def look_ahead(scheduler: Scheduler, running: Plan) -> Ahead | None:
     if not is_steady or not staying or scheduler.has_prompts_to_run:
         return None
     plan = [Chunk(chunk.sequence, chunk.start + 1, 1, absorbed=True) for chunk in staying]
-    full = [chunk.sequence for chunk in plan if not reaches(chunk.sequence, chunk.start + 1)]
+    full = [chunk.sequence for chunk in plan if not chunk.sequence.reaches(chunk.start + 1)]
     if len(full) > scheduler.allocator.num_free:
         return None
     for sequence in full:

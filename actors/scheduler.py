@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from ..model.kv_cache import BLOCK_SIZE, BlockAllocator, OutOfBlocks, blocks_for
 from ..router.fair_queue import FairQueue
 from ..router.prefix_keys import prefix_keys
 from .sequence import Sequence
 
+RANK, URGENCY = attrgetter("rank"), attrgetter("urgency")
 LEAST_SHARE, LARGEST_SHARE = 1 / 8, 1 / 4  # of a step's rows, for prompts while sequences decode
 
 
@@ -149,7 +151,7 @@ class Scheduler:
 
     def _begun(self) -> list[Sequence]:
         """Prompts in the middle of being computed, the best placed first."""
-        return sorted((s for s in self.prefilling if s.state == "prefill"), key=_rank)
+        return sorted((s for s in self.prefilling if s.state == "prefill"), key=RANK)
 
     def _extended(self, chunk: Chunk, max_known: int, max_drafts: int) -> Chunk:
         """In a replay, as many more of the known rows as there is room for; else the drafts after the newest token."""
@@ -157,7 +159,7 @@ class Scheduler:
         if not chunk.is_last:
             return replace(chunk, num=min(length - chunk.start, 1 + max_known))
         wanted = max(min(len(sequence.drafts), max_drafts, sequence.max_length - length), 0)
-        if not reaches(sequence, length + wanted) and self.allocator.num_free:
+        if not sequence.reaches(length + wanted) and self.allocator.num_free:
             sequence.block_table += self.allocator.allocate(1)
         fitting = min(wanted, len(sequence.block_table) * BLOCK_SIZE - length)
         return replace(chunk, drafts=tuple(sequence.drafts[:fitting]))
@@ -165,19 +167,19 @@ class Scheduler:
     def _prompt_chunks(self, budget: int) -> Plan:
         """Rows go to the prompt with least left, so that none waits behind a long one; half of them to the oldest."""
         begun = self._begun()
-        rows = {sequence: min(budget // 2, _left(sequence)) for sequence in begun[:1]}
+        rows = {sequence: min(budget // 2, sequence.num_left) for sequence in begun[:1]}
         budget -= sum(rows.values())
-        shortest = deque(sorted(begun, key=_urgency))
+        shortest = deque(sorted(begun, key=URGENCY))
         while budget > 0:
             head = self.waiting.peek()
-            is_head_next = head is not None and (not shortest or _urgency(head) < _urgency(shortest[0]))
+            is_head_next = head is not None and (not shortest or head.urgency < shortest[0].urgency)
             if head is not None and is_head_next and self._admit(head):
                 sequence = head
             elif shortest:
                 sequence = shortest.popleft()
             else:
                 break
-            num = min(budget, _left(sequence) - rows.get(sequence, 0))
+            num = min(budget, sequence.num_left - rows.get(sequence, 0))
             rows[sequence] = rows.get(sequence, 0) + num
             budget -= num
         return [Chunk(sequence, sequence.num_computed, num, absorbed=False) for sequence, num in rows.items() if num]
@@ -238,13 +240,13 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Gives every decoding sequence room for its newest token, the best placed first."""
-        full = [sequence for sequence in self.decoding if not reaches(sequence, len(sequence.tokens))]
-        for sequence in sorted(full, key=_rank):
-            while sequence.state == "decode" and not reaches(sequence, len(sequence.tokens)):
+        full = [sequence for sequence in self.decoding if not sequence.reaches(len(sequence.tokens))]
+        for sequence in sorted(full, key=RANK):
+            while sequence.state == "decode" and not sequence.reaches(len(sequence.tokens)):
                 if self.allocator.num_free:
                     sequence.block_table += self.allocator.allocate(1)
                 else:
-                    self._preempt(max(self._victims(), key=_rank))
+                    self._preempt(max(self._victims(), key=RANK))
 
     def _make_way(self) -> None:
         """Who is next in the queue takes the place and the blocks of somebody of worse priority, if it finds none."""
@@ -257,7 +259,7 @@ class Scheduler:
 
     def _worse_than(self, newcomer: Sequence) -> list[Sequence]:
         """Whom it may preempt, the worst last; nobody, where all that they hold would not be enough for it."""
-        worse = sorted((s for s in self._victims() if s.priority > newcomer.priority), key=_rank)
+        worse = sorted((s for s in self._victims() if s.priority > newcomer.priority), key=RANK)
         held = sum(len(sequence.block_table) for sequence in worse)
         return worse if self._num_blocks(newcomer) <= self.allocator.num_free + held else []
 
@@ -319,21 +321,3 @@ class Scheduler:
     def _positions(self, sequence: Sequence) -> int:
         """How many rows of it this worker may ever hold."""
         return sequence.num_prompt if sequence.target else sequence.max_length
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """Small for what comes first: it is given blocks before others, and preempted after them."""
-    return sequence.priority, sequence.order
-
-
-def _urgency(sequence: Sequence) -> tuple[int, int, int]:
-    return sequence.priority, _left(sequence), sequence.order
-
-
-def _left(sequence: Sequence) -> int:
-    """Prompt rows to be computed, as far as is known: of one that waits, some may be cached."""
-    return sequence.num_prompt - sequence.num_computed
-
-
-def reaches(sequence: Sequence, num_positions: int) -> bool:
-    return len(sequence.block_table) * BLOCK_SIZE >= num_positions

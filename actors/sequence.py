@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from ..model.kv_cache import BLOCK_SIZE
 from ..model.sampler import SampledToken
 from ..model.sampling_params import SamplingParams
 from .messages import Submit, WireLogprob
@@ -82,6 +83,25 @@ class Sequence:
     def max_length(self) -> int:
         """Positions that may ever be written: the last generated token never enters the cache."""
         return self.num_prompt + max(self.params.max_tokens - 1, 0)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Small for what comes first: it is given blocks before others, and preempted after them."""
+        return self.priority, self.order
+
+    @property
+    def urgency(self) -> tuple[int, int, int]:
+        """Small for the prompt that is given rows first."""
+        return self.priority, self.num_left, self.order
+
+    @property
+    def num_left(self) -> int:
+        """Prompt rows to be computed, as far as is known: of one that waits, some may be cached."""
+        return self.num_prompt - self.num_computed
+
+    def reaches(self, num_positions: int) -> bool:
+        """Whether its blocks have room for so many."""
+        return len(self.block_table) * BLOCK_SIZE >= num_positions
 
     def finish_reason(self, eos_token_ids: tuple[int, ...]) -> Literal["stop", "length"] | None:
         """Whether the newest token ends the sequence."""
