@@ -15,7 +15,7 @@ import torch
 
 from braid.kernels.gpu.gemm import set_descriptor_memory
 
-from . import ceilings, checks, invariance, layers, rivals, sanitizer, speed
+from . import ceilings, checks, invariance, layers, mail, rivals, sanitizer, speed
 from .setting import Section, Setting
 from .sizes import MODELS
 
@@ -27,6 +27,7 @@ SECTIONS: dict[str, Section] = {
     "layers": layers.measure,
     "rivals": rivals.measure,
     "sanitizer": sanitizer.check,
+    "mail": mail.check,
 }
 
 
