@@ -48,7 +48,7 @@ compile-gate: $(VENV)/.installed-dev
 NEXT_TRITON := 3.9.0
 compile-report: $(VENV)/.installed-dev
 	@if $(PIP) --no-deps --upgrade --target .bench/triton-next triton==$(NEXT_TRITON) 2>/dev/null; then \
-	  export PYTHONPATH=triton-next && $(BENCH).gpu.compile_gate --report-only --out compile-next.json; \
+	  export PYTHONPATH=triton-next TRITON_DEFAULT_FP_FUSION=1 && $(BENCH).gpu.compile_gate --report-only --out compile-next.json; \
 	else echo "Triton $(NEXT_TRITON) cannot be installed here: nothing to report"; fi
 
 bench: $(VENV)/.installed-dev

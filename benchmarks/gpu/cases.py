@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from braid.kernels.gpu.norm import Quantised
+from braid.kernels.gpu.scales import GROUP, num_groups
 
-GROUP = 128
 Rate = Literal["bf16", "fp8"]
 Bound = Literal["bandwidth", "rate", "tflop_s"]
 
@@ -84,16 +84,12 @@ class Draw:
         return torch.randint(high, shape, dtype=dtype, device=self.device)
 
     def activations(self, rows: int, columns: int) -> Quantised:
-        return Quantised(self.codes(rows, columns), self.positive(blocks(columns), rows))
+        return Quantised(self.codes(rows, columns), self.positive(num_groups(columns), rows))
 
     def block_weight(self, outputs: int, inputs: int, *stack: int) -> tuple[Tensor, Tensor]:
         """e4m3 [.., N, K] and its scales, so that products of activations are of order 1."""
-        scales = self.positive(*stack, blocks(outputs), blocks(inputs)).mul_(inputs**-0.5)
+        scales = self.positive(*stack, num_groups(outputs), num_groups(inputs)).mul_(inputs**-0.5)
         return self.codes(*stack, outputs, inputs), scales
-
-
-def blocks(columns: int) -> int:
-    return -(-columns // GROUP)
 
 
 def widened(x: Quantised) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from braid.kernels.gpu import gemm, mlp
+from braid.kernels.gpu.scales import num_groups
 from braid.model.config import ModelConfig
 
-from .cases import Case, Draw, Run, Target, Work, blocks, widened, widened_weight
+from .cases import Case, Draw, Run, Target, Work, widened, widened_weight
 
 FEW, MANY = 64, 1024  # rows up to which the weights' bytes bind, and from which arithmetic does
 
@@ -39,7 +40,7 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
 
 
 def _fp8_case(name: str, rows: int, inputs: int, outputs: int) -> Case:
-    num_bytes = inputs * outputs + rows * (inputs + 4 * blocks(inputs) + 2 * outputs)
+    num_bytes = inputs * outputs + rows * (inputs + 4 * num_groups(inputs) + 2 * outputs)
     target = Target("bandwidth", 0.75) if rows <= FEW else Target("rate", 0.5) if rows >= MANY else None
     return Case(
         "fp8 product", f"{name} {inputs} -> {outputs}", rows, Work(num_bytes, 2.0 * rows * inputs * outputs, "fp8"),

@@ -54,8 +54,3 @@ TINY = replace(
     quantization=Quantization(),
 )
 MODELS = {"v3": V3, "bundled": BUNDLED, "tiny": TINY}
-
-
-def has_fp8(config: ModelConfig) -> bool:
-    """Whether its matrices are kept as fp8 blocks on a GPU."""
-    return config.quantization is not None
