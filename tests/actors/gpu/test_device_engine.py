@@ -27,6 +27,9 @@ ASKED = [
 ]
 
 
+Told = tuple[dict[int, int], list[str], list[dict[str, str]], int]  # tokens, finishes, errors, scored prompt tokens
+
+
 class DeviceEngine(Engine):
     """As on a GPU."""
 
@@ -35,7 +38,7 @@ class DeviceEngine(Engine):
         return output, DeviceSampler(output.logits, self._asks(plan))
 
 
-def answers(on_device: bool) -> list[tuple[object, ...]]:
+def answers(on_device: bool) -> list[Told]:
     front, worker = Front(), Worker("a", blocks=16)
     if on_device:
         worker.engine = DeviceEngine(CONFIG, cast(DeepSeekModel, worker.model), worker.experts, worker.requests)
