@@ -34,7 +34,7 @@ class WorkerDevice:
         return room_in_share(free + reusable, total, reserved - reusable, self.share)
 
     def report(self) -> dict[str, Any]:
-        """For status and metrics. Any thread: it asks torch, not the driver, which a capture elsewhere would not bear."""
+        """For status and metrics. Any thread: torch is asked, not the driver, as captures would not bear it."""
         if not self.is_gpu:
             return {"device": self.name}
         total = torch.cuda.get_device_properties(self.torch).total_memory
