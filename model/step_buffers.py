@@ -162,7 +162,8 @@ class StepBuffers:
     def _take(self, name: str, num: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         memory = self._memory.get(name)
         if memory is None or memory.shape[0] < num:
-            memory = self._memory[name] = torch.empty(num, width, dtype=dtype or self._dtype, device=self._ops.device)
+            room = 1 << max(num - 1, 0).bit_length()  # so that a batch that grows row by row moves it a few times only
+            memory = self._memory[name] = torch.empty(room, width, dtype=dtype or self._dtype, device=self._ops.device)
             (self._absorbed if name in ("absorbed", "attended") else self._rows).clear()
             self.tapes.forget()
         return memory[:num]

@@ -15,12 +15,12 @@ def on_device(host: Tensor, device: torch.device) -> Tensor:
     """The tensor itself where it is there already."""
     if host.device == device:
         return host
-    return host.pin_memory().to(device, non_blocking=True)
+    return _pinned(host, device).to(device, non_blocking=True)
 
 
 def send(host: Tensor, to: Tensor) -> None:
     """Into memory that stays; `host` may be written again at once."""
-    to.copy_(host.pin_memory(), non_blocking=True)
+    to.copy_(_pinned(host, to.device), non_blocking=True)
 
 
 def fill(out: Tensor, write: Callable[[Tensor], object]) -> None:
@@ -28,6 +28,10 @@ def fill(out: Tensor, write: Callable[[Tensor], object]) -> None:
     if out.device.type == "cpu":
         write(out)
     else:
-        band = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+        band = torch.empty(out.shape, dtype=out.dtype, pin_memory=out.is_cuda)
         write(band)
         out.copy_(band, non_blocking=True)
+
+
+def _pinned(host: Tensor, device: torch.device) -> Tensor:
+    return host.pin_memory() if device.type == "cuda" else host

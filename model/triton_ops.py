@@ -39,7 +39,7 @@ from .ops import Operand, Take, Weight
 
 FAMILY = "triton-sm90-1"  # the number changes when the kernels' bits do
 INTERPRETED = "triton-interpreter-1"
-TMA_MULTIPLE = 16  # bytes that a row of codes must be made of
+TMA_MULTIPLE = 16  # bytes: what the tensor memory accelerator wants rows of codes to be whole multiples of
 
 
 class Normed(NamedTuple):

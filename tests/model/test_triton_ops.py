@@ -6,100 +6,24 @@ mantissa, so that two layers of it are allowed 6%; in bf16 the reference family'
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
 from safetensors.torch import load_file
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
+from triton_models import BF16, BLOCKS, CPU, F32, FP8, PLAIN, Loaded, WriteCheckpoint, run, token_ids, triton_ops
 
 from braid.kernels.quant import BlockFp8
 from braid.model.checkpoint import Checkpoint
 from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.experts import LocalExperts
-from braid.model.kv_cache import LatentCache
 from braid.model.mtp import MtpModule
-from braid.model.network_weights import AttentionWeights, ExpertWeights
-from braid.model.ops import Ops
 from braid.model.self_test import self_test
 from braid.model.torch_ops import TorchOps
 from braid.model.triton_ops import Normed, TritonOps
-from braid.model.weights import load_attention, load_experts
-
-triton_interpreter.repair()
-
-CPU = torch.device("cpu")
-BF16, F32 = torch.bfloat16, torch.float32
-WriteCheckpoint = Callable[..., Path]
-BLOCKS = [2, 0, 3, 1]
-
-# Sizes that fill neither a tile nor a block of scales; a dense layer whose MLP cannot stay fp8, as its halves do not
-# begin at one; shared and routed experts that can.
-FP8: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "q_lora_rank": 128,
-    "intermediate_size": 136,
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "routed_scaling_factor": 0.5,  # a row that chooses another expert by a hair need not give another token
-}
-PLAIN: dict[str, Any] = {
-    **FP8,
-    "hidden_size": 66,
-    "q_lora_rank": None,
-    "kv_lora_rank": 22,
-    "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 14,
-    "moe_intermediate_size": 30,
-    "attention_bias": True,
-    "num_attention_heads": 3,
-}
-
-
-@dataclass(frozen=True)
-class Loaded:
-    weights: AttentionWeights
-    experts: dict[int, ExpertWeights]
-    checkpoint: Checkpoint
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, path: Path, dtype: torch.dtype, ops: Ops) -> Loaded:
-        checkpoint = Checkpoint(path)
-        weights = load_attention(checkpoint, checkpoint.config, dtype, has_mtp=True, ops=ops)
-        every = range(checkpoint.config.n_routed_experts or 0)
-        experts = load_experts(checkpoint, checkpoint.config, range(3), every, dtype, ops=ops)
-        return cls(weights, experts, checkpoint, dtype)
-
-    def network(self) -> DeepSeekModel:
-        """Over a cache whose unwritten rows are NaN, with a layer for the MTP module."""
-        cache = LatentCache(self.checkpoint.config, len(BLOCKS), self.dtype, 3)
-        for layer in cache.layers:
-            layer.fill_(torch.nan)
-        return DeepSeekModel(self.checkpoint.config, self.weights, cache, LocalExperts(self.experts))
-
-
-def triton_ops(path: Path) -> TritonOps:
-    return TritonOps(CPU, Checkpoint(path).config.quantization)
-
-
-def token_ids(count: int) -> Tensor:
-    return torch.randint(160, (count,), generator=torch.Generator().manual_seed(1))
-
-
-def run(network: DeepSeekModel, ids: Tensor, start: int, absorbed: bool) -> Tensor:
-    logits: Tensor = network.forward(
-        Batch(ids, [Segment(start, len(ids), BLOCKS, absorbed)], torch.arange(len(ids)))
-    ).logits
-    return logits
 
 
 def steps(network: DeepSeekModel, ids: Tensor, num_prompt: int) -> Tensor:
@@ -248,3 +172,24 @@ def test_norms_leave_what_products_read(fp8: Loaded) -> None:
 def test_it_passes_the_start_up_proof(fp8: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("braid.model.self_test.SLICES", ((39, 40), (2, 20)))  # the interpreter is slow
     self_test(fp8.checkpoint.config, BF16, fp8.weights.ops)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "bfloat16"])
+def test_a_step_asks_nothing_of_the_device(
+    write_checkpoint: WriteCheckpoint, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, which has no numbers to be read: the host's part of every step runs, and no kernel does."""
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)
+    path = write_checkpoint(dtype=dtype, changes=FP8)
+    meta = Loaded.of(path, BF16, TritonOps(torch.device("meta"), Checkpoint(path).config.quantization))
+    network, ids = meta.network(), token_ids(9)
+    for num, start, absorbed in ((6, 0, False), (2, 6, True), (2, 7, True), (1, 8, True)):
+        logits = run(network, ids[:num], start, absorbed)
+        assert logits.shape == (num, 160)
+        assert logits.is_meta
+    mixed = [Segment(6, 1, BLOCKS[:1], True), Segment(0, 5, BLOCKS[1:2], False)]
+    batch = Batch(ids[:6], mixed, torch.tensor([0, 5]), wants_hidden=False)
+    assert network.forward(batch).logits.shape == (2, 160)
+    module = MtpModule(network.config, meta.weights.mtp[0], network.cache, LocalExperts(meta.experts), network.rope)
+    hidden = network.forward(Batch(ids[:2], [Segment(6, 2, BLOCKS, True)], torch.arange(2))).hidden
+    assert module.draft(hidden, ids[:2], [Segment(6, 2, BLOCKS, True)], torch.tensor([1])).logits.shape == (1, 160)
