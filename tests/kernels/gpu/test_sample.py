@@ -124,12 +124,33 @@ def test_filters_in_digits_of_five_bits_over_several_chunks() -> None:
     check(logits, [asking(generator, temperature=1.0) for _ in logits], generator)
 
 
-def test_only_the_first_ties_at_the_edge_are_left() -> None:
-    generator = random.Random(4)
-    logits = torch.zeros(3, 40)
-    logits[1:, 35] = 1.0
-    asked = [{"top_k": 34, "top_p": 1.0}, {"top_k": 0, "top_p": 0.5}, {"top_k": 33, "top_p": 0.9}]
-    check(logits, [asking(generator, temperature=1.0, min_p=0.0, **some) for some in asked], generator)
+def seed_for(winner: int, logits: Tensor, position: int) -> int:
+    """One with which this token would win if nothing were filtered."""
+    scores = logits.double().numpy()
+    return next(
+        seed
+        for seed in range(10**6)
+        if int((scores + gumbel_of(random_bits(seed, position, len(scores)))).argmax()) == winner
+    )
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "num_ties"),
+    [
+        (34, 1.0, 33),
+        (0, 0.5, 19),  # of 1 + 39 / e, half is reached with 1 + 19 / e
+        (20, 0.5, 9),  # of 1 + 19 / e
+    ],
+)
+def test_only_the_first_ties_at_the_edge_are_left(top_k: int, top_p: float, num_ties: int) -> None:
+    logits = torch.zeros(40)
+    logits[38] = 1.0
+    seeds = [seed_for(winner, logits, 7) for winner in (num_ties - 1, num_ties)]  # the last that is left, the next one
+    params = [SamplingParams(max_tokens=1, temperature=1.0, top_k=top_k, top_p=top_p, seed=seed) for seed in seeds]
+    tokens = chosen(logits.expand(2, -1), params, [7, 7])
+    assert tokens == expected(logits.expand(2, -1), params, [7, 7])
+    assert tokens[0] == num_ties - 1
+    assert tokens[1] != num_ties
 
 
 def test_rows_that_give_nothing_are_marked_and_harm_no_other() -> None:
