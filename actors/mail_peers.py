@@ -114,7 +114,13 @@ class MailPeers:
         lost = [(index, why) for index, why in enumerate(self.tables.told.tolist()) if why]
         for index, why in lost:
             peer = self._owners[index]
-            if peer is not None:
+            if peer is None:
+                continue
+            log.warning("%s is given up: %s", peer.link.peer.name, WHY[why])
+            if why == mail.REFUSED and peer.box is not None:
+                self._retired.append(peer.box)  # over the link it can say what it has, until another link is made
+                peer.box = None
+            else:
                 peer.link.close(f"{peer.link.peer.name} is given up: {WHY[why]}")
                 self._drop(peer)
         if lost:

@@ -2,8 +2,8 @@
 
     python -m braid.benchmarks.gpu --out DIR [--rivals DIR] [--only SECTION ..] [--minutes 9]
 
-Sections: ceilings, checks, invariance, speed, layers, rivals, sanitizer, mail. On a GPU each is a process of its own with its
-share of the time, as a kernel that goes wrong ends its process; what a section had given until then is kept.
+Sections: ceilings, checks, invariance, speed, layers, rivals, sanitizer, mail. On a GPU each is a process of its own
+with its share of the time, as a kernel that goes wrong ends its process; what a section had given until then is kept.
 `--device cpu --shapes tiny` goes the same way in this process, under Triton's interpreter if it is switched on.
 """
 

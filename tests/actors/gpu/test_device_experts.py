@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -162,6 +163,19 @@ def test_a_worker_dies_while_it_is_waited_for_and_the_pass_is_run_again_elsewher
         attention.close()
         for expert in experts:
             expert.close()
+
+
+def test_who_lacks_an_expert_of_the_map_is_asked_over_its_link(experts: list[ExpertProcess]) -> None:
+    attention = Attention(experts, EXPERTS, SHAPE, "cpu", polls=FOREVER)
+    attention.share(replace(EXPERTS, layers=(1, 3, 5)).map(NAMES, 2))
+    x, ids = batch(4)
+    assert attention.experts.can_be_noted
+    assert not attention.run(5, x, ids).any()
+    assert sorted(attention.experts.take_failed()) == [0, 1, 2, 3]
+    assert not attention.experts.can_be_noted
+    assert torch.equal(attention.run(LAYER, x, ids), local(x, ids))
+    assert [link.closed for link in attention.links.values()] == [None, None]
+    attention.close()
 
 
 def test_who_has_a_mailbox_of_another_shape_is_reached_over_links(experts: list[ExpertProcess]) -> None:
