@@ -45,11 +45,11 @@ BENCH := mkdir -p .bench && cd .bench && ../$(BIN)/python -P -m braid.benchmarks
 compile-gate: $(VENV)/.installed-dev
 	$(BENCH).gpu.compile_gate --out compile.json
 
-NEXT_TRITON := 3.9.0
+NEXT_TRITON := triton-3.9.0
 compile-report: $(VENV)/.installed-dev
-	@if $(PIP) --no-deps --upgrade --target .bench/triton-next triton==$(NEXT_TRITON) 2>/dev/null; then \
-	  export PYTHONPATH=triton-next TRITON_DEFAULT_FP_FUSION=1 && $(BENCH).gpu.compile_gate --report-only --out compile-next.json; \
-	else echo "Triton $(NEXT_TRITON) cannot be installed here: nothing to report"; fi
+	@if [ -d .bench/$(NEXT_TRITON) ] || $(PIP) --no-deps --target .bench/$(NEXT_TRITON) $(subst -,==,$(NEXT_TRITON)) 2>/dev/null; then \
+	  export PYTHONPATH=$(NEXT_TRITON) TRITON_DEFAULT_FP_FUSION=1 && $(BENCH).gpu.compile_gate --report-only --out compile-next.json; \
+	else echo "$(NEXT_TRITON) cannot be installed here: nothing to report"; fi
 
 bench: $(VENV)/.installed-dev
 	$(BENCH).rivals.install llamacpp vllm

@@ -60,7 +60,7 @@ def _run(case: Case) -> None:
 
 
 def _variants() -> None:
-    """What no case above asks for: V3.1's scales, an unfused norm, a bias, fp32 gates, V2's rules of routing."""
+    """What no case above asks for: V3.1's scales, an unfused norm, a bias, fp32 gates, routing of V2 and Kimi-K2."""
     draw, hidden = Draw(META), V3.hidden_size
     x, weight = draw.normal(32, hidden), draw.normal(hidden)
     for ue8m0 in (False, True):
@@ -75,6 +75,7 @@ def _variants() -> None:
     logits = draw.wide(32, 160)
     gate.route(logits, None, "softmax", "group_limited_greedy", 6, 8, 3, False, 16.0)
     gate.route(logits, None, "softmax", "greedy", 6, 1, 1, False, 1.0)
+    gate.route(draw.wide(32, 384), draw.wide(384), "sigmoid", "noaux_tc", 8, 1, 1, True, 2.827)
     codes, inner = draw.activations(32, hidden), V3.moe_intermediate_size
     for tile in (16, 32, 64):
         found = index.dispatch_index(draw.integers(8, 32 * 8, dtype=torch.int64), 8, tile)
