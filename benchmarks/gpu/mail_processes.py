@@ -169,6 +169,7 @@ class Attention:
     ) -> None:
         self._watch = DeathWatch(self._bury)
         self.reactor = Reactor(self._watch)
+        self.spin = self.reactor.spin
         ops = TritonOps(_device(device_type))
         self.remote = RemoteExperts(self, experts.num_experts)
         staged = StagedExperts(self.remote, ops)
