@@ -69,8 +69,8 @@ def quantise(
     weight: Tensor, scale_format: ScaleFormat = "float32", block: tuple[int, int] = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """weight: float [N, K] -> (e4m3 [N, K], scale float32, one a block). A block's largest value becomes 448."""
-    scale = torch.empty(scale_shape(tuple(weight.shape), block), dtype=torch.float32)
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(scale_shape(tuple(weight.shape), block), dtype=torch.float32, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     for index in range(scale.shape[0]):
         band = slice(index * block[0], (index + 1) * block[0])
         values = weight[band].to(torch.float32)

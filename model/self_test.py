@@ -22,6 +22,7 @@ from .tensor_names import expert_tensors, is_quantised_in_fp8, layer_tensors
 
 NUM_ROWS = 40
 SLICES = ((0, 1), (39, 40), (1, 3), (2, 5), (3, 7), (4, 9), (0, 11), (7, 15), (5, 38))
+GPU_WEIGHT = 1 << 27  # numbers: there a matrix's outputs decide how its depth is cut
 GPU_ROWS = 300  # several of a GPU's tiles, which hold up to 128
 GPU_SLICES = (*SLICES, (20, 90), (3, 130), (50, 300))
 MAX_WEIGHT = 1 << 19  # numbers; of a larger matrix some output columns are tested: rounding goes along its depth
@@ -41,10 +42,10 @@ def self_test(
     config: ModelConfig, dtype: torch.dtype, ops: Ops, role: Literal["attention", "experts"] = "attention"
 ) -> None:
     """Raises SelfTestError that names the kernel and the shape."""
-    generator = torch.Generator().manual_seed(0)  # of the host: the same numbers on every device
+    generator = torch.Generator(ops.device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(ops.device, dtype)
+        return torch.randn(shape, generator=generator, device=ops.device).to(dtype)
 
     _test_linear(config, role, ops, random)
     if role == "attention":
@@ -57,6 +58,10 @@ def self_test(
 
 def _num_rows(ops: Ops) -> int:
     return NUM_ROWS if ops.device.type == "cpu" else GPU_ROWS
+
+
+def _max_weight(ops: Ops) -> int:
+    return MAX_WEIGHT if ops.device.type == "cpu" else GPU_WEIGHT
 
 
 def _test_slices(kernel: str, rows: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
@@ -74,8 +79,7 @@ def _as_stored(ops: Ops, is_fp8: bool, weight: Tensor, num_joined: int = 1) -> W
     """weight: [N, K], of so many matrices of one size; in fp8 where a checkpoint has it so and the family keeps it."""
     if not (is_fp8 and ops.keeps_fp8([weight.shape[0] // num_joined] * num_joined, weight.shape[1])):
         return weight
-    codes, scales = quantise(weight.cpu())
-    return BlockFp8(codes.to(ops.device), scales.to(ops.device))
+    return BlockFp8(*quantise(weight))
 
 
 def _test_linear(config: ModelConfig, role: str, ops: Ops, random: Random) -> None:
@@ -88,7 +92,7 @@ def _test_linear(config: ModelConfig, role: str, ops: Ops, random: Random) -> No
         tensors["qkv_a_proj.weight"] = (queries + config.latent_dim, config.hidden_size)
     matrices = {(*shape, is_quantised_in_fp8(name)) for name, shape in tensors.items() if len(shape) == 2}
     for outputs, inputs, is_fp8 in sorted(matrices):
-        weight = _as_stored(ops, is_fp8, random(max(min(outputs, MAX_WEIGHT // inputs), 1), inputs))
+        weight = _as_stored(ops, is_fp8, random(max(min(outputs, _max_weight(ops) // inputs), 1), inputs))
         multiply = partial(ops.linear, weight=ops.pack(weight))
         _test_slices(f"linear [{outputs}, {inputs}]", random(_num_rows(ops), inputs), multiply)
 
@@ -149,7 +153,7 @@ def _test_attention(config: ModelConfig, ops: Ops, random: Random) -> None:
 
 def _test_grouped_mlp(config: ModelConfig, ops: Ops, random: Random) -> None:
     hidden, num_rows = config.hidden_size, _num_rows(ops)
-    inner = min(config.moe_intermediate_size, max(MAX_WEIGHT // hidden // BLOCK[0], 1) * BLOCK[0])
+    inner = min(config.moe_intermediate_size, max(_max_weight(ops) // hidden // BLOCK[0], 1) * BLOCK[0])
     w13 = [_as_stored(ops, True, random(2 * inner, hidden), 2) for _ in range(NUM_EXPERTS)]
     w2 = [_as_stored(ops, isinstance(w13[0], BlockFp8), random(hidden, inner)) for _ in range(NUM_EXPERTS)]
     stacks = ops.pack_experts(_stacked(w13), is_gate_up=True), ops.pack_experts(_stacked(w2))
