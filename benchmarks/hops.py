@@ -149,12 +149,12 @@ def hops(experts: RemoteExperts, shape: Shape, num_tokens: int, rounds: int, thi
         before = asdict(experts.counters)
         started = time.monotonic()
         handle = experts.dispatch(LAYER, x, topk_idx)
-        parts = list(handle.pending.values())
+        asked = list(handle.pending.values())
         rows = experts.collect(handle)
         collected = time.monotonic()
         ops.combine(shared, rows, weights, out=out)
         ended = time.monotonic()
-        sent = max(part.sent for part in parts)
+        sent = max(part.sent for part in asked)
         spent = {name: value - before[name] for name, value in asdict(experts.counters).items()}
         parts = {name: spent[f"{name}_s"] / spent["hops"] for name in ("wire", "queue", "compute")}
         times = {

@@ -110,7 +110,7 @@ bool has_news(const Lanes& lanes) {
     for (Py_ssize_t i = 0; i < lanes.size(); ++i) {
         const Lane* lane = lanes[i];
         if (!lane) continue;
-        if (lane->is_hung || lane->in.arrived != lane->in.read) return true;
+        if (!lane->is_open || lane->is_hung || lane->in.arrived != lane->in.read) return true;
         if (lane->in.words->written.load(std::memory_order_acquire) != lane->in.arrived) return true;
     }
     return false;

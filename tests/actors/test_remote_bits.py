@@ -52,14 +52,23 @@ class Server:
         self.far = Link(Hello("attention", "both", 1, "host"), far)
         self.reactor = Reactor()
         self.reactor.add(self.far)
-        self.reactor.poll(0)
+        opened = self.reactor.poll(0)
         attention.add(self.link)
+        self.is_direct = transport == "direct"
         num_experts = small.config.n_routed_experts or 0
         host = (StagedHost if is_staged else ExpertHost)(small.experts, num_experts)
         self.server = ExpertServer(host, small.config.hidden_size, num_experts, small.weights.norm.dtype)
+        self.server.turn(opened)
         self.life = 1 << 30
 
+    def spin(self, look: Callable[[int, int], Any]) -> Any:
+        found = look(self.reactor.fileno(), 0)
+        return None if isinstance(found, int) else found
+
     def serve(self) -> None:
+        if self.is_direct and self.life and self.server._direct.turn(self):
+            self.life -= 1
+            return
         events = self.reactor.poll(0)
         self.life -= bool(events)
         if self.life < 0:
@@ -102,7 +111,7 @@ def small(request: pytest.FixtureRequest) -> SmallModel:
     return made
 
 
-@pytest.fixture(params=["shm", "unix", "shm, staged"])
+@pytest.fixture(params=["shm", "direct", "unix", "shm, staged"])
 def post(request: pytest.FixtureRequest, small: SmallModel) -> Iterator[Post]:
     transport, _, how = request.param.partition(", ")
     made = Post(small, transport, is_staged=how == "staged")
