@@ -104,8 +104,9 @@ class DeviceServer:
                 break
             os.sched_yield()
         if self._jobs:
-            batch, self._jobs = next_batch(self._jobs, time.monotonic())
-            self._compute(batch)
+            batch, rest = next_batch(self._jobs, time.monotonic())
+            self._jobs = batch[kernels.MAX_JOBS :] + rest
+            self._compute(batch[: kernels.MAX_JOBS])
 
     def _patience(self) -> float:
         """Seconds that the next wait on the links may take."""

@@ -17,6 +17,7 @@ X, IDS, BELL, ROWS, FLAG = range(5)  # rows of the peer table, int64 [5, MAX_PEE
 NUM_ADDRESSES = 5
 JOB_X, JOB_IDS, JOB_ROWS, JOB_FLAG, JOB_FIRST, JOB_SEQUENCE, JOB_ABSENT = range(7)  # columns of a batch's jobs
 NUM_JOB_FIELDS = 8  # the last one is unused
+MAX_JOBS = 128  # of a batch
 SILENT, GONE, REFUSED = 1, 2, 3  # why a peer failed; 0: it has not
 
 ROW_BITS, LAYER_BITS, PHASE_BITS = 16, 10, 2  # of a doorbell's word; the sequence number stands above them
@@ -33,11 +34,14 @@ SILENT_, GONE_, REFUSED_ = tl.constexpr(SILENT), tl.constexpr(GONE), tl.constexp
 
 @triton.jit
 def publish(address, value, ON_GPU: tl.constexpr):
-    """Stores an int64 so that whoever acquires it, on whatever processor, also sees all that was written before."""
+    """Stores an int64 so that whoever acquires it, on whatever processor, also sees all that was written before.
+
+    One thread does; what others have written counts if a barrier stands in between."""
     if ON_GPU:
         tl.inline_asm_elementwise(
-            "st.release.sys.global.b64 [$1], $2; mov.u32 $0, 0;", "=r,l,l", [address, value],
-            dtype=tl.int32, is_pure=False, pack=1,
+            "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+            " @first st.release.sys.global.b64 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,l", [address, value], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         tl.store(address.to(tl.pointer_type(tl.int64)), value)
@@ -49,14 +53,14 @@ def observe(address, ON_GPU: tl.constexpr):
     if ON_GPU:
         value = tl.inline_asm_elementwise(
             "{ .reg .pred there; setp.ne.s64 there, $1, 0; mov.b64 $0, 0; @there ld.acquire.sys.global.b64 $0, [$1]; }",
-            "=l,l", [address], dtype=tl.int64, is_pure=False, pack=1,
+            "=&l,l", [address], dtype=tl.int64, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         value = tl.load(address.to(tl.pointer_type(tl.int64)), mask=address != 0, other=0, volatile=True)
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def send_kernel(
     x_ptr, expert_ptr, owner_ptr, peers_ptr, load_ptr, first_row, columns,
     SLOTS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, PEERS: tl.constexpr,
@@ -80,7 +84,7 @@ def send_kernel(
             tl.store(inbox + (first_row + row) * columns + column, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "rows", "layer", "mail_slot", "slot_pairs"])
 def ring_kernel(
     expert_ptr, owner_ptr, peers_ptr, owed_ptr, sequence_ptr, phase_ptr, pairs, rows, layer, mail_slot, slot_pairs,
     PEERS: tl.constexpr, SCAN: tl.constexpr, ON_GPU: tl.constexpr,
@@ -107,7 +111,7 @@ def ring_kernel(
         publish(bell + mail_slot * 8, word, ON_GPU)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mail_slot", "polls"])
 def await_kernel(
     peers_ptr, owed_ptr, sequence_ptr, gone_ptr, failed_ptr, told_ptr, mail_slot, polls,
     PEERS: tl.constexpr, ON_GPU: tl.constexpr,
@@ -123,7 +127,7 @@ def await_kernel(
     gone = tl.zeros((PEERS,), tl.int32)
     polled = 0
     while (tl.sum(waiting.to(tl.int32), 0) > 0) & (polled < polls):
-        looks = waiting & (polled % GONE_EVERY == 0)
+        looks = waiting & (polled % GONE_EVERY == GONE_EVERY - 1)
         gone = tl.where(looks, tl.load(gone_ptr + peer, mask=looks, other=0, volatile=True), gone)
         answer = tl.where(waiting, observe(tl.where(waiting, flag, 0), ON_GPU), answer)
         waiting = waiting & (answer != wanted) & (answer != -wanted) & (gone == 0)
@@ -136,7 +140,7 @@ def await_kernel(
     tl.store(sequence_ptr + mail_slot, wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_pair"])
 def land_kernel(
     expert_ptr, owner_ptr, peers_ptr, failed_ptr, out_ptr, first_pair, columns,
     PEERS: tl.constexpr, BLOCK: tl.constexpr,
@@ -163,7 +167,7 @@ def job_of(jobs_ptr, num_jobs, row, JOBS: tl.constexpr):
     return jobs_ptr + (tl.sum((first <= row).to(tl.int32), 0) - 1) * FIELDS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_jobs", "experts"])
 def take_kernel(
     jobs_ptr, local_ptr, x_ptr, place_ptr, num_jobs, columns, experts,
     SLOTS: tl.constexpr, LANES: tl.constexpr, JOBS: tl.constexpr, BLOCK: tl.constexpr, COPIES: tl.constexpr,
@@ -190,7 +194,7 @@ def take_kernel(
             tl.store(x_ptr + row * columns + column, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_jobs"])
 def deliver_kernel(
     jobs_ptr, rows_ptr, place_ptr, num_jobs, columns,
     SLOTS: tl.constexpr, JOBS: tl.constexpr, BLOCK: tl.constexpr,
@@ -269,12 +273,13 @@ def land(
 
 
 def take_in(jobs: Tensor, local: Tensor, x: Tensor, places: Tensor, copies: bool) -> None:
-    """jobs: int64 [n, 8], in the order of their first rows; local: int32 [experts], places in our stack, -1 for absent;
-    places: int64 [M, k], written; x: [M, H], written only if `copies`: rows nobody asks us for are left alone."""
+    """jobs: int64 [n <= MAX_JOBS, 8], in the order of their first rows; local: int32 [experts], places in our stack, -1
+    for absent; places: int64 [M, k], written; x: [M, H], written only if `copies`: rows nobody asks us for are left
+    alone."""
     rows, top_k = places.shape
     take_kernel[(rows,)](
         jobs, local, x, places, jobs.shape[0], x.shape[1], local.shape[0],
-        SLOTS=top_k, LANES=triton.next_power_of_2(top_k), JOBS=triton.next_power_of_2(jobs.shape[0]),
+        SLOTS=top_k, LANES=triton.next_power_of_2(top_k), JOBS=MAX_JOBS,
         BLOCK=triton.next_power_of_2(x.shape[1]), COPIES=copies, num_warps=8 if copies else 1,
     )  # fmt: skip
 
@@ -284,8 +289,7 @@ def deliver(jobs: Tensor, rows: Tensor, places: Tensor) -> None:
     pairs, columns = rows.shape
     deliver_kernel[(pairs,)](
         jobs, rows, places, jobs.shape[0], columns,
-        SLOTS=places.shape[1], JOBS=triton.next_power_of_2(jobs.shape[0]), BLOCK=triton.next_power_of_2(columns),
-        num_warps=8,
+        SLOTS=places.shape[1], JOBS=MAX_JOBS, BLOCK=triton.next_power_of_2(columns), num_warps=8,
     )  # fmt: skip
 
 
