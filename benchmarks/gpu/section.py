@@ -15,7 +15,7 @@ import torch
 
 from braid.kernels.gpu.gemm import set_descriptor_memory
 
-from . import ceilings, checks, invariance, layers, mail, rivals, sanitizer, speed
+from . import ceilings, checks, invariance, layers, mail, network, rivals, sanitizer, speed
 from .setting import Section, Setting
 from .sizes import MODELS
 
@@ -28,6 +28,7 @@ SECTIONS: dict[str, Section] = {
     "rivals": rivals.measure,
     "sanitizer": sanitizer.check,
     "mail": mail.check,
+    "network": network.check,
 }
 
 
