@@ -61,10 +61,10 @@ def sections(threads: int) -> list[Section]:
     return [
         Section("bf16", "BF16, engines alone", "bf16", _engines("bf16", threads), rounds=5, starts=2),
         Section(
-            "fp32", "FP32, engines alone", "fp32", _engines("fp32", threads)[:-2], rounds=3, starts=1, new_tokens=64
+            "fp32", "FP32, engines alone", "fp32", _engines("fp32", threads)[:-2], rounds=5, starts=1, new_tokens=64
         ),
         Section(
-            "http", "BF16, through OpenAI HTTP", "bf16", _servers("bf16", threads), rounds=3, starts=1, new_tokens=64
+            "http", "BF16, through OpenAI HTTP", "bf16", _servers("bf16", threads), rounds=5, starts=1, new_tokens=64
         ),
     ]
 

@@ -34,7 +34,8 @@ def uniform(seed: int, position: int, vocab_size: int) -> npt.NDArray[np.float64
 
 def _uniform_of(bits: Bits) -> npt.NDArray[np.float64]:
     """Numbers of 53 bits, strictly inside (0, 1), so that their logarithms are finite."""
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    halfway = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return np.minimum(halfway, 1 - 2.0**-53)  # the sum above rounds: without this the last number would be 1
 
 
 def gumbel_of(bits: Bits) -> npt.NDArray[np.float64]:

@@ -10,7 +10,8 @@ MULTIPLIER_0 = tl.constexpr(0xD2E7470EE14C6C93)
 MULTIPLIER_1 = tl.constexpr(0xCA5A826395121157)
 WEYL_0 = tl.constexpr(0x9E3779B97F4A7C15)
 WEYL_1 = tl.constexpr(0xBB67AE8584CAA73B)
-LARGEST_GUMBEL = tl.constexpr(36.1)  # of every word but those that round to 1, one in 2**53: their noise is infinite
+BELOW_ONE = tl.constexpr(1 - 2.0**-53)
+LARGEST_GUMBEL = tl.constexpr(36.8)  # of any word: -log(-log(BELOW_ONE)) and a little
 
 
 @triton.jit
@@ -38,4 +39,4 @@ def random_bits(seed, position, first_token, TOKENS: tl.constexpr):
 def gumbel_of(bits):
     """float64 noise that rises with the word: of 53 bits, strictly inside (0, 1) before the logarithms."""
     uniform = ((bits >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
-    return -tl.log(-tl.log(uniform))
+    return -tl.log(-tl.log(tl.minimum(uniform, BELOW_ONE)))

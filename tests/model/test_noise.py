@@ -48,6 +48,12 @@ def test_noise_of_a_token_does_not_depend_on_the_vocabulary_or_on_the_tokens_ask
     assert np.array_equal(np.argsort(bits), np.argsort(everything)), "the noise rises with its word"
 
 
+def test_the_largest_word_makes_finite_noise() -> None:
+    least, largest = gumbel_of(np.array([0, MASK], dtype=np.uint64))
+    assert -4 < least < 0
+    assert 36 < largest < 37
+
+
 def test_uniform_over_tokens_positions_and_seeds() -> None:
     over_tokens = uniform(11, 12, 100_000)
     over_positions = np.concatenate([uniform(11, position, 8) for position in range(4_000)])
