@@ -15,7 +15,9 @@ import triton_interpreter
 from torch import Tensor
 
 from braid.actors.mailbox import ASLEEP, BoxShape
+from braid.actors.ways import MAX_MAIL_PEERS
 from braid.benchmarks.gpu.mail_processes import Attention, ExpertProcess, Experts
+from braid.kernels.gpu.mail import MAX_PEERS
 
 CPU = torch.device("cpu")
 EXPERTS = Experts(hidden=32, inner=16, top_k=2, num_experts=4, layers=(1, 3))
@@ -59,6 +61,10 @@ def batch(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def local(x: Tensor, ids: Tensor, layer: int = LAYER) -> Tensor:
     made = EXPERTS.local(CPU)
     return made.collect(made.dispatch(layer, x, ids))
+
+
+def test_the_peer_table_has_a_column_for_everybody_who_may_be_asked() -> None:
+    assert MAX_PEERS == MAX_MAIL_PEERS
 
 
 def test_the_bits_of_local_experts_however_many_rows_and_posts(attention: Attention) -> None:
