@@ -19,7 +19,7 @@ class Fetched:
     event: torch.cuda.Event | None
 
     def is_there(self) -> bool:
-        return self.event is None or self.event.query()
+        return self.event is None or self.event.query()  # type: ignore[no-untyped-call]
 
     def wait(self) -> tuple[Tensor, ...]:
         if self.event is not None:
@@ -45,6 +45,6 @@ def recorded(device: torch.device) -> torch.cuda.Event | None:
     """An event after all that has been asked of a GPU so far."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
