@@ -21,14 +21,15 @@ from torch import Tensor
 from ..router.expert_map import ExpertMap
 from ..router.replica_bias import ReplicaBias
 from .direct_rows import DirectRows
+from .dispatch_message import DispatchMessages
 from .hops import Counters, Part, RemoteHandle
 from .links import Link, LinkClosed, LinkFull, Message
-from .messages import DISPATCH, ROWS, Kind
-from .pairs import Ints, encode, scatter, split
+from .messages import ROWS, Kind
+from .pairs import Ints, scatter, split
 from .reactor import Closed, Event, Received
 from .row_buffers import RowBuffers
 from .shm_pipe import HAS_NATIVE
-from .wire import DTYPE_CODES, rows_from
+from .wire import rows_from
 
 DISPATCH_DEADLINE_S = 30.0  # a prefill chunk on a busy CPU takes seconds; a hung worker must still be told apart
 BIAS_INTERVAL = 16  # steps between two updates of the replica bias and its table
@@ -77,8 +78,7 @@ class RemoteExperts:
         self._buffers = RowBuffers()
         self._lent: list[RemoteHandle] = []  # whose rows collect has returned since the last dispatch
         self._slots = np.zeros(0, dtype=np.int64)  # 0, 1, 2 .. as far as was needed
-        self._payload = np.zeros(0, dtype=np.uint8)
-        self._payload_bytes = self._payload.data
+        self._messages = DispatchMessages()
         self._collecting_since = 0.0
         self.loads: npt.NDArray[np.int64] = np.zeros((0, num_experts), dtype=np.int64)
 
@@ -226,20 +226,16 @@ class RemoteExperts:
         link = self._links[owner]
         assert link is not None, f"the table chose {self._names[owner]}, which has no link"
         number, self._next_id = self._next_id, self._next_id + 1
-        x, num_pairs = handle.x, len(slots)
-        self._make_room(8 * num_pairs + x.nbytes)
-        num_rows = encode(x, handle.experts, slots, handle.top_k, self._payload)
-        num_bytes = 8 * num_pairs + num_rows * handle.row_bytes
-        meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, DTYPE_CODES[x.dtype], num_rows, num_pairs)
+        meta, payload = self._messages.write(handle, slots, number, self.epoch, self.phase)
         part = Part(handle, owner, link, slots, time.monotonic() + DISPATCH_DEADLINE_S)
         self._open[number] = handle.pending[number] = part
         try:
-            link.send(Kind.DISPATCH, meta, self._payload_bytes[:num_bytes])
+            link.send(Kind.DISPATCH, meta, payload)
         except (LinkClosed, LinkFull):
             self._lost(link)
             return
         part.sent = time.monotonic()
-        self._note_sent(part, num_bytes)
+        self._note_sent(part, len(payload))
 
     def _note_sent(self, part: Part, num_bytes: int) -> None:
         counters, num_pairs = self.counters, len(part.slots)
@@ -247,12 +243,6 @@ class RemoteExperts:
         counters.rows += num_pairs
         counters.bytes_out += num_bytes
         self._owner_rows[part.owner] += num_pairs
-
-    def _make_room(self, num_bytes: int) -> None:
-        """A payload's memory is free again when `send` returns."""
-        if len(self._payload) < num_bytes:
-            self._payload = np.empty(num_bytes, dtype=np.uint8)
-            self._payload_bytes = self._payload.data
 
     def _all_slots(self, num: int) -> Ints:
         if len(self._slots) < num:
