@@ -32,6 +32,7 @@ from .engine import Engine
 from .links import LinkError
 from .loading import Loading, memory_checked, resolve_dtype
 from .messages import Kind, pack
+from .paired_experts import PairedExperts
 from .reactor import Event, Opened
 from .requests import Requests
 from .scheduler import Scheduler
@@ -100,11 +101,16 @@ class AttentionWorker:
         self._tracer = setup_tracer(f"braid-{self.settings.role}", f"{self.settings.cluster}/{self.settings.name}")
         self.experts: RemoteExperts | StagedExperts | DeviceExperts | ColocatedExperts
         self._remote: RemoteExperts | None = None
+        self._paired: PairedExperts | None = None  # on a GPU: the same, with rows that stay on devices
         self._mail: DeviceExperts | None = None  # on a GPU: the way to expert workers of this host
         if self._local is not None:
             self.experts = ColocatedExperts(self._local)
         else:
-            self._remote = RemoteExperts(self.endpoint, config.n_routed_experts or 0)
+            num_experts, endpoint = config.n_routed_experts or 0, self.endpoint
+            if device.is_alone:
+                address = self.settings.tcp_host, endpoint.hello.host_id
+                self._paired = PairedExperts(endpoint, num_experts, device.torch, *address)
+            self._remote = self._paired or RemoteExperts(endpoint, num_experts)
             self.experts = self._on_gpu(self._remote, ops) if device.is_gpu else self._remote
         num_layers = config.num_hidden_layers + len(self._weights.mtp[:1])
         num_blocks = self._num_blocks(config, dtype, num_layers)
@@ -227,7 +233,7 @@ class AttentionWorker:
     def _on_gpu(self, remote: RemoteExperts, ops: Ops) -> StagedExperts | DeviceExperts:
         """The host waits for rows where others use the GPU too: a kernel that waited would keep them from computing."""
         staged = StagedExperts(remote, ops)
-        if self._device.share < 1:
+        if not self._device.is_alone:
             return staged
         from .device_experts import DeviceExperts, box_shape  # imports triton, which only torch for CUDA brings along
 
@@ -274,6 +280,8 @@ class AttentionWorker:
                     requests.handle(event)
                     if self._mail is not None:
                         self._mail.hear(event)
+                    if self._paired is not None:
+                        self._paired.hear(event)
                 self._swap_view(has_news=any(_is_expert_link(event) for event in events))
                 try:
                     busy = engine.step()
@@ -288,6 +296,8 @@ class AttentionWorker:
                     self._broadcast_load()
                     load_due = time.monotonic() + LOAD_INTERVAL_S
             requests.fail_all("unavailable", f"{self.settings.name} is stopping")
+            if self._paired is not None:
+                self._paired.close()
 
     def _swap_view(self, has_news: bool) -> None:
         """`has_news`: an expert worker is linked (again): under the same map, rows may go to it from now on."""

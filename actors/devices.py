@@ -24,6 +24,11 @@ class WorkerDevice:
     def is_gpu(self) -> bool:
         return self.torch.type == "cuda"
 
+    @property
+    def is_alone(self) -> bool:
+        """A whole GPU: what waits on it for other workers keeps none of them from computing."""
+        return self.is_gpu and self.share == 1
+
     def available_memory(self) -> int:
         """Bytes that this process may still take."""
         if not self.is_gpu:

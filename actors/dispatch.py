@@ -25,7 +25,7 @@ from .dispatch_message import DispatchMessages
 from .hops import Counters, Part, RemoteHandle
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import ROWS, Kind
-from .pairs import Ints, scatter, split
+from .pairs import Ints, split
 from .reactor import Closed, Event, Received
 from .row_buffers import RowBuffers
 from .shm_pipe import HAS_NATIVE
@@ -59,6 +59,7 @@ class RemoteExperts:
     has_waits = True
     may_redo = False  # a slice is sent again, not the pass
     can_be_noted = False
+    is_paired = False  # whether rows of x may stay on the device
 
     def __init__(self, mail: Mail, num_experts: int) -> None:
         self.while_waiting: Callable[[], None] = _nothing
@@ -113,7 +114,8 @@ class RemoteExperts:
         """
         started = time.monotonic()
         self._take_back()
-        handle = RemoteHandle(layer, x.contiguous(), topk_idx.numpy().reshape(-1), topk_idx.shape[1], first_row)
+        experts, top_k = topk_idx.numpy().reshape(-1), topk_idx.shape[1]
+        handle = self._form_of_handle(x)(layer, x.contiguous(), experts, top_k, first_row)
         row = self._layer_row.get(layer)
         if row is None:  # a front end can be faster than the first map
             self._fail(handle, self._all_slots(len(handle.experts)))
@@ -124,6 +126,9 @@ class RemoteExperts:
             self.counters.serialise_s += time.monotonic() - started
             self.loads[row] += np.bincount(handle.experts, minlength=self._num_experts)
         return handle
+
+    def _form_of_handle(self, x: Tensor) -> type[RemoteHandle]:
+        return RemoteHandle
 
     def collect(self, handle: RemoteHandle) -> Tensor:
         """Waits for every row, sending again what a lost worker owed. Returns [M, k, hidden], valid until a dispatch.
@@ -226,16 +231,21 @@ class RemoteExperts:
         link = self._links[owner]
         assert link is not None, f"the table chose {self._names[owner]}, which has no link"
         number, self._next_id = self._next_id, self._next_id + 1
-        meta, payload = self._messages.write(handle, slots, number, self.epoch, self.phase)
         part = Part(handle, owner, link, slots, time.monotonic() + DISPATCH_DEADLINE_S)
         self._open[number] = handle.pending[number] = part
         try:
-            link.send(Kind.DISPATCH, meta, payload)
+            num_bytes = self._ask_for(number, part)
         except (LinkClosed, LinkFull):
             self._lost(link)
             return
         part.sent = time.monotonic()
-        self._note_sent(part, len(payload))
+        self._note_sent(part, num_bytes)
+
+    def _ask_for(self, number: int, part: Part) -> int:
+        """Returns the bytes that have left. Raises LinkClosed and LinkFull."""
+        meta, payload = self._messages.write(part.handle, part.slots, number, self.epoch, self.phase)
+        part.link.send(Kind.DISPATCH, meta, payload)
+        return len(payload)
 
     def _note_sent(self, part: Part, num_bytes: int) -> None:
         counters, num_pairs = self.counters, len(part.slots)
@@ -275,7 +285,7 @@ class RemoteExperts:
             rows = rows_from(message.payload, handle.x.dtype, handle.x.shape[1])
             handle.whole, handle.hold = rows.view(-1, handle.top_k, rows.shape[1]), message
         else:
-            scatter(message.payload, part.slots, handle.gathered(self._buffers).rows)
+            handle.take_in(part.slots, message.payload, self._buffers)
         self._note_rows(number, part, queue_ns, compute_ns, held_ns)
 
     def _note_rows(self, number: int, part: Part, queue_ns: int, compute_ns: int, held_ns: int) -> None:

@@ -19,7 +19,7 @@ class DispatchMessages:
 
     def write(self, handle: RemoteHandle, slots: Ints, number: int, epoch: int, phase: int) -> tuple[bytes, memoryview]:
         """Meta and payload of the handle's slots, ascending flat places (row * k + slot)."""
-        x, num_pairs = handle.x, len(slots)
+        x, num_pairs = handle.host_x(), len(slots)
         self._make_room(8 * num_pairs + x.nbytes)
         num_rows = encode(x, handle.experts, slots, handle.top_k, self._payload)
         meta = DISPATCH.pack(number, epoch, handle.layer, phase, DTYPE_CODES[x.dtype], num_rows, num_pairs)

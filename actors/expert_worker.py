@@ -18,6 +18,7 @@ from .endpoint import Endpoint
 from .expert_host import ExpertHost
 from .expert_server import ExpertServer
 from .loading import Loading, memory_checked, resolve_dtype
+from .paired_server import PairedServer
 from .settings import WorkerSettings
 from .staging import StagedHost
 from .view import ClusterView, WorkerInfo
@@ -54,15 +55,19 @@ class ExpertWorker:
             weights = load_experts(checkpoint, config, layers, experts, dtype, self.loading.progress, ops=ops)
         self.loading.phase = "self-test"
         self_test(config, dtype, ops, "experts")
-        host = (StagedHost if device.is_gpu else ExpertHost)(weights, config.n_routed_experts)
-        self.server = ExpertServer(host, config.hidden_size, config.n_routed_experts, dtype)
+        endpoint, shape = Endpoint(self.settings), (config.hidden_size, config.n_routed_experts, dtype)
+        if device.is_alone:
+            here = device.torch, self.settings.tcp_host
+            self.server: ExpertServer = PairedServer(weights, *shape, *here, endpoint.reactor.wake)
+        else:
+            self.server = ExpertServer((StagedHost if device.is_gpu else ExpertHost)(weights, shape[1]), *shape)
         self._mail: DeviceServer | None = None
         if device.is_gpu:
             from .device_server import DeviceServer  # imports triton, which only torch for CUDA brings along
 
-            shape = config.n_routed_experts, config.hidden_size, config.num_experts_per_tok
-            self._mail = DeviceServer(self.server, weights, *shape, device.torch)
-        self.endpoint = Endpoint(self.settings)
+            sizes = config.n_routed_experts, config.hidden_size, config.num_experts_per_tok
+            self._mail = DeviceServer(self.server, weights, *sizes, device.torch)
+        self.endpoint = endpoint
         self.endpoint.start(self._serve)
         self.loading.phase = "ready"
         return replace(self.endpoint.info, kernels=ops.family)

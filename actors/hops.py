@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .links import Link
-from .pairs import Ints
+from .pairs import Ints, scatter
 from .row_buffers import RowBuffer, RowBuffers
 
 
@@ -40,6 +40,14 @@ class RemoteHandle:
     @property
     def row_bytes(self) -> int:
         return self.x.shape[1] * self.x.itemsize
+
+    def host_x(self) -> Tensor:
+        """x where links read it."""
+        return self.x
+
+    def take_in(self, slots: Ints, payload: memoryview, buffers: RowBuffers) -> None:
+        """payload: one row for each slot."""
+        scatter(payload, slots, self.gathered(buffers).rows)
 
     def gathered(self, buffers: RowBuffers) -> RowBuffer:
         """Where the rows of several workers come together."""

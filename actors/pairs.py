@@ -35,11 +35,16 @@ def encode(x: Tensor, experts: Ints, slots: Ints, top_k: int, out: npt.NDArray[n
     row_bytes = x.shape[1] * x.itemsize
     if HAS_NATIVE:
         return _native.encode(x.data_ptr(), row_bytes, experts, slots, top_k, out)
-    needed, row_of_pair = np.unique(slots // top_k, return_inverse=True)
-    pairs = np.concatenate([row_of_pair, experts[slots]]).astype(np.int32).view(np.uint8)
+    needed, pairs = encode_pairs(experts, slots, top_k)
     rows = x.view(torch.uint8).numpy()[needed].reshape(-1)
-    out[: len(pairs)], out[len(pairs) : len(pairs) + len(rows)] = pairs, rows
+    out[: len(pairs)], out[len(pairs) : len(pairs) + len(rows)] = np.frombuffer(pairs, np.uint8), rows
     return len(needed)
+
+
+def encode_pairs(experts: Ints, slots: Ints, top_k: int) -> tuple[Ints, memoryview]:
+    """The rows of x that the slots need, ascending, and a payload's pairs, for rows that go another way."""
+    needed, row_of_pair = np.unique(slots // top_k, return_inverse=True)
+    return needed, np.concatenate([row_of_pair, experts[slots]]).astype(np.int32).data.cast("B")
 
 
 def are_within(payload: memoryview, num_pairs: int, num_rows: int, num_experts: int) -> bool:

@@ -22,7 +22,8 @@ from .hops import RemoteHandle
 class StagedHandle:
     layer: int
     first_row: int
-    fetched: Fetched  # x [M, hidden] and topk_idx [M, k]
+    x: Tensor
+    fetched: Fetched  # topk_idx [M, k], and x [M, hidden] unless its rows stay on the device
     remote: RemoteHandle | None = None  # once they have been sent
 
 
@@ -53,7 +54,9 @@ class StagedExperts:
     def dispatch(self, layer: int, x: Operand, topk_idx: Tensor, first_row: int = 0) -> StagedHandle:
         """x: [M, hidden] and topk_idx: [M, k] on the device. Sends what earlier calls have left."""
         self._send()
-        handle = StagedHandle(layer, first_row, fetch(self._ops.tensor(x), topk_idx))
+        rows = self._ops.tensor(x)
+        fetched = fetch(topk_idx) if self.remote.is_paired else fetch(topk_idx, rows)
+        handle = StagedHandle(layer, first_row, rows, fetched)
         self._unsent.append(handle)
         return handle
 
@@ -76,7 +79,8 @@ class StagedExperts:
     def _send(self) -> None:
         while self._unsent:
             handle = self._unsent.popleft()
-            x, topk_idx = handle.fetched.wait()
+            topk_idx, *copied = handle.fetched.wait()
+            x = copied[0] if copied else handle.x
             handle.remote = self.remote.dispatch(handle.layer, x, topk_idx, handle.first_row)
 
 

@@ -36,3 +36,18 @@ def test_more_owners_than_the_peer_table_has_room_for_are_reached_over_links() -
     names = [f"expert-{index}" for index in range(MAX_MAIL_PEERS + 1)]
     assert way(mapped(names, 1), [True] * len(names)) == "staged"
     assert way(mapped(names[:-1], 1), [True] * MAX_MAIL_PEERS) == "mail"
+
+
+@pytest.mark.parametrize(
+    ("has_pair", "expected"),
+    [
+        ([True] * 4, "paired"),
+        ([True, False, True, True], "paired"),
+        ([True, False, False, True], "staged"),
+        ([], "staged"),
+    ],
+)
+def test_else_through_pairs_where_they_lead_to_every_expert(has_pair: list[bool], expected: str) -> None:
+    some_mail = [True, True, False, False]
+    assert way(mapped(NAMES, 2), some_mail, has_pair) == expected
+    assert way(mapped(NAMES, 2), [True] * 4, has_pair) == "mail"

@@ -1,0 +1,181 @@
+"""Rows through pairs between real processes over gloo: the bits of local experts, through deaths and silences."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from paired_processes import CPU, HIDDEN, HOST, LAYERS, LONG_S, NUM_EXPERTS, TOP_K, PairedWorker, weights
+from torch import Tensor
+
+from braid.actors.paired_experts import PairedExperts
+from braid.actors.reactor import Event, Reactor
+from braid.actors.staging import StagedExperts
+from braid.model.experts import LocalExperts
+from braid.model.network_weights import PLAIN
+from braid.router.expert_map import Owner, assign, build_map
+
+NAMES = ["expert-0", "expert-1"]
+GENERATOR = torch.Generator().manual_seed(1)
+
+
+class Attention:
+    """An attention worker's mail and experts; `workers` are those of its map."""
+
+    def __init__(self) -> None:
+        self.reactor = Reactor()
+        self.workers = [PairedWorker(name, self.reactor) for name in NAMES]
+        self.deferred: list[Event] = []
+        self.remote = PairedExperts(self, NUM_EXPERTS, CPU, HOST, "host-a")
+        self.experts = StagedExperts(self.remote, PLAIN)
+        self.local = LocalExperts(weights())
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        events: list[Event] = self.reactor.poll(timeout_s)
+        return events
+
+    def spin(self, look: Callable[[int, int], Any]) -> Any:
+        return self.reactor.spin(look)
+
+    def defer(self, event: Event) -> None:
+        self.deferred.append(event)
+
+    def set_map(self, replicas: int) -> None:
+        owners = [Owner(name, 1) for name in NAMES]
+        expert_map = build_map(1, NUM_EXPERTS, list(LAYERS), owners, assign(NUM_EXPERTS, NAMES, replicas))
+        self.remote.set_map(expert_map, {worker.link.peer.name: worker.link for worker in self.workers})
+
+    def join(self) -> None:
+        """Serves until every worker has a pair."""
+        until = time.monotonic() + LONG_S
+        while num_paired(self) < len(self.workers):
+            assert time.monotonic() < until, "no pairs"
+            events, self.deferred = self.deferred + self.reactor.poll(0.01), []
+            for event in events:
+                self.remote.hear(event)
+            self.remote.end_step()
+        assert self.remote.is_paired
+
+    def batch(self, rows: int, layer: int) -> tuple[int, Tensor, Tensor]:
+        x = torch.randn(rows, HIDDEN, generator=GENERATOR).bfloat16()
+        ids = torch.rand(rows, NUM_EXPERTS, generator=GENERATOR).topk(TOP_K).indices
+        return layer, x, ids
+
+    def expected(self, batch: tuple[int, Tensor, Tensor]) -> Tensor:
+        return self.local.collect(self.local.dispatch(*batch)).clone()
+
+    def computed(self, batch: tuple[int, Tensor, Tensor]) -> Tensor:
+        return self.experts.collect(self.experts.dispatch(*batch))
+
+    def proved(self, rows: int = 5) -> None:
+        batch = self.batch(rows, LAYERS[0])
+        assert torch.equal(self.computed(batch), self.expected(batch))
+        assert self.experts.take_failed() == {}
+
+
+@pytest.fixture
+def attention() -> Iterator[Attention]:
+    made = Attention()
+    yield made
+    made.remote.close()
+    for worker in made.workers:
+        worker.end()
+    made.reactor.close()
+
+
+def num_paired(attention: Attention) -> int:
+    return sum(pair is not None and pair.closed is None for pair in attention.remote._pairs.values())
+
+
+def test_bits_before_and_after_pairs_are_joined_and_with_two_handles_open(attention: Attention) -> None:
+    attention.set_map(replicas=1)
+    assert not attention.remote.is_paired
+    attention.proved()
+    attention.join()
+    assert num_paired(attention) == 2
+    sent = [worker.link.bytes_sent for worker in attention.workers]
+    for rows in (1, 5, 200):
+        attention.proved(rows)
+    through_links = sum(worker.link.bytes_sent - was for worker, was in zip(attention.workers, sent, strict=True))
+    assert through_links < 206 * HIDDEN * 2  # less than the rows alone
+    batches = [attention.batch(7, layer) for layer in LAYERS]
+    for order in ((0, 1), (1, 0)):
+        handles = [attention.experts.dispatch(*batch) for batch in batches]
+        for index in order:
+            assert torch.equal(attention.experts.collect(handles[index]), attention.expected(batches[index]))
+
+
+def test_one_is_killed_in_the_middle_and_the_other_gives_the_same_bits(attention: Attention) -> None:
+    attention.set_map(replicas=2)
+    attention.join()
+    attention.proved()
+    batches = [attention.batch(64, layer) for layer in LAYERS]
+    attention.workers[0].signal(signal.SIGSTOP)
+    handles = [attention.experts.dispatch(*batch) for batch in batches]
+    attention.workers[0].signal(signal.SIGKILL)
+    for handle, batch in zip(handles, batches, strict=True):
+        assert torch.equal(attention.experts.collect(handle), attention.expected(batch))
+    assert attention.remote.counters.resent
+    assert attention.remote.is_paired
+    assert num_paired(attention) == 1
+    attention.proved()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_silent_worker_is_given_up_at_its_deadline(attention: Attention, replicas: int) -> None:
+    attention.set_map(replicas)
+    attention.join()
+    attention.workers[0].signal(signal.SIGSTOP)
+    batch = attention.batch(64, LAYERS[0])
+    handle = attention.experts.dispatch(*batch)
+    attention.experts._send()
+    assert handle.remote is not None
+    for part in handle.remote.pending.values():
+        part.expires = time.monotonic() + (0.3 if part.owner == 0 else LONG_S)
+    rows, failed = attention.experts.collect(handle), attention.experts.take_failed()
+    expected = attention.expected(batch)
+    assert "no reply" in str(attention.workers[0].link.closed)
+    if replicas == 2:
+        assert failed == {}
+        assert torch.equal(rows, expected)
+    else:
+        kept = [row for row in range(64) if row not in failed]
+        assert 0 < len(kept) < 64
+        assert torch.equal(rows[kept], expected[kept])
+
+
+def test_what_a_broken_step_asked_for_is_not_taken_for_an_answer(attention: Attention) -> None:
+    attention.set_map(replicas=1)
+    attention.join()
+    attention.experts.dispatch(*attention.batch(9, LAYERS[1]))
+    attention.experts._send()
+    assert attention.experts.take_failed() == {}
+    attention.proved()
+    attention.proved(20)
+
+
+def test_a_pair_that_breaks_ends_with_its_link_and_its_rows_go_over_those_that_are_left(attention: Attention) -> None:
+    attention.set_map(replicas=2)
+    attention.join()
+    broken = attention.workers[0].link
+    pair = attention.remote._pairs[broken]
+    assert pair is not None
+    pair.close("a fault")
+    attention.proved(30)
+    assert "a fault" in str(broken.closed)
+    assert attention.workers[1].link.closed is None
+
+
+def test_an_expert_that_is_not_there_is_asked_of_another(attention: Attention) -> None:
+    attention.workers[0].end()
+    attention.workers[0].link.close()
+    attention.workers[0] = PairedWorker(NAMES[0], attention.reactor, held=(0, 1, 2))
+    attention.set_map(replicas=2)
+    attention.join()
+    attention.proved(40)
+    assert attention.remote.counters.resent
+    assert num_paired(attention) == 2
