@@ -99,7 +99,7 @@ class TokenItem:
     timing: dict[str, float] = field(default_factory=dict)
 
     def wire(self) -> dict[str, Any]:
-        """What comes after the tokens is left out where it has its default, as in most items: packing is on the path."""
+        """What comes after the tokens is left out where it has its default, as in most: packing is on the path."""
         body = {"id": self.id, "index": self.index, "token_ids": self.token_ids}
         return body | {
             name: value for name in self.__slots__[3:] if (value := getattr(self, name)) not in (None, 0, {})
