@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import socket
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -31,31 +31,45 @@ def weights(held: tuple[int, ...] = tuple(range(NUM_EXPERTS))) -> Mapping[int, E
     return made
 
 
-def serve(sock: socket.socket, held: tuple[int, ...]) -> None:
-    """An expert worker, as long as its link lasts."""
+def serve(listener: socket.socket, held: tuple[int, ...]) -> None:
+    """An expert worker of whoever comes."""
     torch.set_num_threads(1)
-    link = Link(Hello("attention-0", "both", 1, "host-a"), SocketPipe(sock, "unix"))
     reactor = Reactor()
-    reactor.add(link)
+
+    def admit() -> None:
+        while True:
+            reactor.add(Link(Hello("attention-0", "both", 1, "host-a"), SocketPipe(listener.accept()[0], "unix")))
+
+    threading.Thread(target=admit, daemon=True).start()
     server = PairedServer(weights(held), HIDDEN, NUM_EXPERTS, torch.bfloat16, CPU, HOST, reactor.wake)
     with torch.inference_mode():
-        while link.closed is None:
+        while True:
             server.turn(reactor.poll(0.0 if server.has_jobs else 1.0))
 
 
 class PairedWorker:
-    def __init__(self, name: str, attention: Reactor, held: tuple[int, ...] = tuple(range(NUM_EXPERTS))) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, held), daemon=True)
+    """`held`: the experts it has."""
+
+    def __init__(self, name: str, held: tuple[int, ...] = tuple(range(NUM_EXPERTS))) -> None:
+        self.name = name
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind("")  # the kernel chooses
+        listener.listen()
+        self._address = listener.getsockname()
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=serve, args=(listener, held), daemon=True)
         self.process.start()
-        theirs.close()
-        self.link = Link(Hello(name, "expert", 1, "host-b"), SocketPipe(ours, "unix"))
-        attention.add(self.link)
+        listener.close()
+
+    def link(self) -> Link:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(self._address)
+        return Link(Hello(self.name, "expert", 1, "host-b"), SocketPipe(sock, "unix"))
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
     def end(self) -> None:
-        self.signal(signal.SIGKILL)
+        self.process.kill()
         self.process.join(LONG_S)

@@ -12,8 +12,10 @@ import torch
 from paired_processes import CPU, HIDDEN, HOST, LAYERS, LONG_S, NUM_EXPERTS, TOP_K, PairedWorker, weights
 from torch import Tensor
 
+from braid.actors.links import Message
+from braid.actors.messages import ROWS, Kind
 from braid.actors.paired_experts import PairedExperts
-from braid.actors.reactor import Event, Reactor
+from braid.actors.reactor import Event, Reactor, Received
 from braid.actors.staging import StagedExperts
 from braid.model.experts import LocalExperts
 from braid.model.network_weights import PLAIN
@@ -24,11 +26,13 @@ GENERATOR = torch.Generator().manual_seed(1)
 
 
 class Attention:
-    """An attention worker's mail and experts; `workers` are those of its map."""
+    """An attention worker's mail and experts, newly linked with the workers of its map."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: list[PairedWorker]) -> None:
         self.reactor = Reactor()
-        self.workers = [PairedWorker(name, self.reactor) for name in NAMES]
+        self.links = {worker.name: worker.link() for worker in workers}
+        for link in self.links.values():
+            self.reactor.add(link)
         self.deferred: list[Event] = []
         self.remote = PairedExperts(self, NUM_EXPERTS, CPU, HOST, "host-a")
         self.experts = StagedExperts(self.remote, PLAIN)
@@ -47,12 +51,12 @@ class Attention:
     def set_map(self, replicas: int) -> None:
         owners = [Owner(name, 1) for name in NAMES]
         expert_map = build_map(1, NUM_EXPERTS, list(LAYERS), owners, assign(NUM_EXPERTS, NAMES, replicas))
-        self.remote.set_map(expert_map, {worker.link.peer.name: worker.link for worker in self.workers})
+        self.remote.set_map(expert_map, self.links)
 
     def join(self) -> None:
         """Serves until every worker has a pair."""
         until = time.monotonic() + LONG_S
-        while num_paired(self) < len(self.workers):
+        while num_paired(self) < len(NAMES):
             assert time.monotonic() < until, "no pairs"
             events, self.deferred = self.deferred + self.reactor.poll(0.01), []
             for event in events:
@@ -77,13 +81,19 @@ class Attention:
         assert self.experts.take_failed() == {}
 
 
+@pytest.fixture(scope="module")
+def workers() -> Iterator[list[PairedWorker]]:
+    made = [PairedWorker(name) for name in NAMES]
+    yield made
+    for worker in made:
+        worker.end()
+
+
 @pytest.fixture
-def attention() -> Iterator[Attention]:
-    made = Attention()
+def attention(workers: list[PairedWorker]) -> Iterator[Attention]:
+    made = Attention(workers)
     yield made
     made.remote.close()
-    for worker in made.workers:
-        worker.end()
     made.reactor.close()
 
 
@@ -96,56 +106,16 @@ def test_bits_before_and_after_pairs_are_joined_and_with_two_handles_open(attent
     assert not attention.remote.is_paired
     attention.proved()
     attention.join()
-    assert num_paired(attention) == 2
-    sent = [worker.link.bytes_sent for worker in attention.workers]
+    links = attention.links.values()
+    sent = sum(link.bytes_sent for link in links)
     for rows in (1, 5, 200):
         attention.proved(rows)
-    through_links = sum(worker.link.bytes_sent - was for worker, was in zip(attention.workers, sent, strict=True))
-    assert through_links < 206 * HIDDEN * 2  # less than the rows alone
+    assert sum(link.bytes_sent for link in links) - sent < 206 * HIDDEN * 2  # less than the rows alone
     batches = [attention.batch(7, layer) for layer in LAYERS]
     for order in ((0, 1), (1, 0)):
         handles = [attention.experts.dispatch(*batch) for batch in batches]
         for index in order:
             assert torch.equal(attention.experts.collect(handles[index]), attention.expected(batches[index]))
-
-
-def test_one_is_killed_in_the_middle_and_the_other_gives_the_same_bits(attention: Attention) -> None:
-    attention.set_map(replicas=2)
-    attention.join()
-    attention.proved()
-    batches = [attention.batch(64, layer) for layer in LAYERS]
-    attention.workers[0].signal(signal.SIGSTOP)
-    handles = [attention.experts.dispatch(*batch) for batch in batches]
-    attention.workers[0].signal(signal.SIGKILL)
-    for handle, batch in zip(handles, batches, strict=True):
-        assert torch.equal(attention.experts.collect(handle), attention.expected(batch))
-    assert attention.remote.counters.resent
-    assert attention.remote.is_paired
-    assert num_paired(attention) == 1
-    attention.proved()
-
-
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_a_silent_worker_is_given_up_at_its_deadline(attention: Attention, replicas: int) -> None:
-    attention.set_map(replicas)
-    attention.join()
-    attention.workers[0].signal(signal.SIGSTOP)
-    batch = attention.batch(64, LAYERS[0])
-    handle = attention.experts.dispatch(*batch)
-    attention.experts._send()
-    assert handle.remote is not None
-    for part in handle.remote.pending.values():
-        part.expires = time.monotonic() + (0.3 if part.owner == 0 else LONG_S)
-    rows, failed = attention.experts.collect(handle), attention.experts.take_failed()
-    expected = attention.expected(batch)
-    assert "no reply" in str(attention.workers[0].link.closed)
-    if replicas == 2:
-        assert failed == {}
-        assert torch.equal(rows, expected)
-    else:
-        kept = [row for row in range(64) if row not in failed]
-        assert 0 < len(kept) < 64
-        assert torch.equal(rows[kept], expected[kept])
 
 
 def test_what_a_broken_step_asked_for_is_not_taken_for_an_answer(attention: Attention) -> None:
@@ -156,26 +126,88 @@ def test_what_a_broken_step_asked_for_is_not_taken_for_an_answer(attention: Atte
     assert attention.experts.take_failed() == {}
     attention.proved()
     attention.proved(20)
+    assert attention.remote._sent == {}
 
 
-def test_a_pair_that_breaks_ends_with_its_link_and_its_rows_go_over_those_that_are_left(attention: Attention) -> None:
+def test_a_pair_that_breaks_ends_with_its_link_and_its_rows_are_asked_of_the_other(attention: Attention) -> None:
     attention.set_map(replicas=2)
     attention.join()
-    broken = attention.workers[0].link
+    broken, other = attention.links.values()
     pair = attention.remote._pairs[broken]
     assert pair is not None
     pair.close("a fault")
     attention.proved(30)
     assert "a fault" in str(broken.closed)
-    assert attention.workers[1].link.closed is None
+    assert other.closed is None
 
 
-def test_an_expert_that_is_not_there_is_asked_of_another(attention: Attention) -> None:
-    attention.workers[0].end()
-    attention.workers[0].link.close()
-    attention.workers[0] = PairedWorker(NAMES[0], attention.reactor, held=(0, 1, 2))
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_silent_worker_is_given_up_at_its_deadline(
+    workers: list[PairedWorker], attention: Attention, replicas: int
+) -> None:
+    attention.set_map(replicas)
+    attention.join()
+    workers[0].signal(signal.SIGSTOP)
+    try:
+        batch = attention.batch(64, LAYERS[0])
+        handle = attention.experts.dispatch(*batch)
+        attention.experts._send()
+        assert handle.remote is not None
+        for part in handle.remote.pending.values():
+            part.expires = time.monotonic() + (0.3 if part.owner == 0 else LONG_S)
+        rows, failed = attention.experts.collect(handle), attention.experts.take_failed()
+    finally:
+        workers[0].signal(signal.SIGCONT)
+    expected = attention.expected(batch)
+    assert "no reply" in str(attention.links[NAMES[0]].closed)
+    kept = [row for row in range(64) if row not in failed]
+    assert len(kept) == 64 if replicas == 2 else 0 < len(kept) < 64
+    assert torch.equal(rows[kept], expected[kept])
+
+
+def test_rows_that_were_told_of_and_do_not_come_are_asked_of_another(attention: Attention) -> None:
     attention.set_map(replicas=2)
     attention.join()
-    attention.proved(40)
+    liar = attention.links[NAMES[0]]
+    batch = attention.batch(64, LAYERS[0])
+    handle = attention.experts.dispatch(*batch)
+    attention.experts._send()
+    assert handle.remote is not None
+    number, part = next((number, part) for number, part in handle.remote.pending.items() if part.link is liar)
+    pair = attention.remote._pairs[liar]
+    assert pair is not None
+    part.expires = 0.0
+    pair.receive(torch.empty(len(part.slots), HIDDEN, dtype=torch.bfloat16)).wait(LONG_S)  # so that nothing follows
+    told = Message(Kind.PAIRED_ROWS, ROWS.pack(number, len(part.slots), 0, 0, 0), memoryview(b""))
+    attention.remote._on_event(Received(liar, told))
+    assert "no answer" in str(liar.closed)
+    assert torch.equal(attention.experts.collect(handle), attention.expected(batch))
+    assert attention.experts.take_failed() == {}
+
+
+def test_one_is_killed_in_the_middle_and_the_other_gives_the_same_bits(
+    workers: list[PairedWorker], attention: Attention
+) -> None:
+    attention.set_map(replicas=2)
+    attention.join()
+    attention.proved()
+    batches = [attention.batch(64, layer) for layer in LAYERS]
+    workers[0].signal(signal.SIGSTOP)
+    handles = [attention.experts.dispatch(*batch) for batch in batches]
+    workers[0].end()
+    for handle, batch in zip(handles, batches, strict=True):
+        assert torch.equal(attention.experts.collect(handle), attention.expected(batch))
     assert attention.remote.counters.resent
-    assert num_paired(attention) == 2
+    assert attention.remote.is_paired
+    assert num_paired(attention) == 1
+    attention.proved()
+    attention.remote.close()
+    workers[0] = PairedWorker(NAMES[0], held=(0, 1, 2))
+    again = Attention(workers)
+    again.set_map(replicas=2)  # says that it has all
+    again.join()
+    again.proved(40)
+    assert again.remote.counters.resent
+    assert num_paired(again) == 2
+    again.remote.close()
+    again.reactor.close()
