@@ -83,11 +83,12 @@ class PairedExperts(RemoteExperts):
         self._no_rows = torch.empty(0)  # of the form of those that come
 
     def set_map(self, expert_map: ExpertMap, links: Mapping[str, Link]) -> None:
-        """Swaps to a published map, and asks those of its owners who are new on other hosts for a pair."""
+        """Swaps to a published map; asks those of its owners who are new for a pair, if some are on other hosts."""
         super().set_map(expert_map, links)
         self._map = expert_map
-        for link in self._links:
-            if link is not None and link.peer.host_id != self._host_id:
+        linked = [link for link in self._links if link is not None]
+        if any(link.peer.host_id != self._host_id for link in linked):
+            for link in linked:
                 self._ask(link)
         self._choose_owners()
 

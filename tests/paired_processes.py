@@ -1,4 +1,4 @@
-"""Expert workers in real processes on links of another host's, which offer pairs over gloo."""
+"""Expert workers in real processes, the first on the host of who asks, which offer pairs over gloo."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class PairedWorker:
     def link(self) -> Link:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(self._address)
-        return Link(Hello(self.name, "expert", 1, "host-b"), SocketPipe(sock, "unix"))
+        host = "host-a" if self.name == "expert-0" else "host-b"
+        return Link(Hello(self.name, "expert", 1, host), SocketPipe(sock, "unix"))
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None

@@ -118,6 +118,13 @@ def test_bits_before_and_after_pairs_are_joined_and_with_two_handles_open(attent
             assert torch.equal(attention.experts.collect(handles[index]), attention.expected(batches[index]))
 
 
+def test_nobody_is_asked_for_a_pair_while_all_are_on_one_host(attention: Attention) -> None:
+    del attention.links[NAMES[1]]
+    attention.set_map(replicas=2)
+    assert attention.remote._pairs == {}
+    attention.proved()
+
+
 def test_what_a_broken_step_asked_for_is_not_taken_for_an_answer(attention: Attention) -> None:
     attention.set_map(replicas=1)
     attention.join()
@@ -139,6 +146,18 @@ def test_a_pair_that_breaks_ends_with_its_link_and_its_rows_are_asked_of_the_oth
     attention.proved(30)
     assert "a fault" in str(broken.closed)
     assert other.closed is None
+
+
+def test_who_has_no_pair_any_more_gets_a_copy_over_its_link(attention: Attention) -> None:
+    attention.set_map(replicas=1)
+    attention.join()
+    link = attention.links[NAMES[1]]
+    pair, attention.remote._pairs[link] = attention.remote._pairs[link], None  # as in the middle of a pass
+    assert pair is not None
+    sent = link.bytes_sent
+    attention.proved(30)
+    assert link.bytes_sent - sent > 8 * HIDDEN * 2
+    pair.close()
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
