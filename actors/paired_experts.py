@@ -80,7 +80,7 @@ class PairedExperts(RemoteExperts):
         self._joined: SimpleQueue[tuple[Link, RowPair]] = SimpleQueue()
         self._unfit: set[tuple[str, int]] = set()  # lives whose pair broke while their link held
         self._sent: dict[int, tuple[Link, Transfer]] = {}  # by number, until it is answered, wanted or not
-        self._no_rows = torch.empty(0)  # of the form of those that come
+        self._form = 0, torch.bfloat16  # of rows: their width and type
 
     def set_map(self, expert_map: ExpertMap, links: Mapping[str, Link]) -> None:
         """Swaps to a published map; asks those of its owners who are new for a pair, if some are on other hosts."""
@@ -97,8 +97,9 @@ class PairedExperts(RemoteExperts):
         if isinstance(event, Closed):
             self._lost(event.link)
         elif isinstance(event, Received) and event.message.kind == Kind.PAIR_OFFER:
-            offer = event.link, event.message.meta
-            threading.Thread(target=self._join, args=offer, name=f"pair-{event.link.peer.name}", daemon=True).start()
+            if event.link in self._pairs:
+                offer, name = (event.link, event.message.meta), f"pair-{event.link.peer.name}"
+                threading.Thread(target=self._join, args=offer, name=name, daemon=True).start()
         elif isinstance(event, Received) and event.message.kind == Kind.PAIRED_ROWS:
             self._on_paired_rows(event.link, event.message)
         elif isinstance(event, Received) and event.message.kind == Kind.NOT_RESIDENT:
@@ -173,7 +174,7 @@ class PairedExperts(RemoteExperts):
         meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, code, len(needed), num_pairs)
         part.link.send(Kind.PAIRED_DISPATCH, meta, pairs)
         self._sent[number] = part.link, pair.send(x)
-        self._no_rows = x[:0]
+        self._form = x.shape[1], x.dtype
         return pairs.nbytes + x.nbytes
 
     def _on_event(self, event: Event) -> None:
@@ -195,7 +196,8 @@ class PairedExperts(RemoteExperts):
             self._lost(link)
             return
         expires = part.expires if part is not None else 0.0
-        rows = self._no_rows.new_empty(num_pairs, self._no_rows.shape[1])
+        width, dtype = self._form
+        rows = torch.empty(num_pairs, width, dtype=dtype, device=self._device)
         try:
             pair.receive(rows).wait(max(expires - time.monotonic(), MIN_WAIT_S))
         except LinkError:  # the pair is closed, and says why
