@@ -6,12 +6,12 @@ sends that meet in one would wait for each other. The expert side keeps the stor
 tells of it over the link, which has proved who is there; store and communicators prove nothing, so they belong on a
 network that only the cluster's hosts are on. Whatever fails or comes too late ends the pair, and no other one.
 
-On CUDA devices it is NCCL's, else gloo's. With NCCL a worker must be started with TORCH_NCCL_ASYNC_ERROR_HANDLING=0,
-or torch's watchdog ends the process with the pair; this half has not met two GPUs.
+On CUDA devices it is NCCL's, else gloo's. The NCCL half has not met two GPUs.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import time
@@ -183,6 +183,8 @@ def _communicator(store: Store, rank: int, host: str, device: torch.device, time
 
 
 def _nccl(store: Store, rank: int, timeout_s: float) -> Any:
+    # Read by the constructor. Otherwise torch's watchdog ends the whole process with a pair that breaks.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     nccl = c10d.ProcessGroupNCCL  # only builds of torch for CUDA have it
     options = nccl.Options()
     options._timeout = timedelta(seconds=timeout_s)

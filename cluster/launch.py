@@ -28,8 +28,6 @@ CONTROLLER = "controller"
 GRPC_FRONT = "grpc-front"
 LOOPBACK = "127.0.0.1"
 LOCAL_PATIENCE_S = 10.0
-# Else torch's watchdog ends the worker with a pair of GPUs that breaks (actors/nccl_pair.py).
-GPU_ENV = {"env_vars": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}}
 ON_HEAD = {"node:__internal_head__": 0.001}  # one host answers HTTP, gRPC and `status`
 
 
@@ -145,7 +143,6 @@ class RayLauncher:
             lifetime=_lifetime(self.settings),
             num_cpus=reserved["CPU"],
             num_gpus=reserved.get("GPU", 0.0),
-            runtime_env=GPU_ENV if settings.gpus else None,
             max_concurrency=4,  # progress and status answer while prepare runs
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=plan.bundle),
