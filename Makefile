@@ -41,6 +41,8 @@ proto: $(VENV)/.installed-dev
 # Started in .bench, for the reason that demo is started in .venv. What cannot be installed costs its own row only.
 BENCH := mkdir -p .bench && cd .bench && ../$(BIN)/python -P -m braid.benchmarks
 
+export TRITON_CACHE_DIR := $(CURDIR)/.bench/triton-cache
+
 # In processes of their own: one either compiles kernels or, as the tests do, interprets them.
 compile-gate: $(VENV)/.installed-dev
 	$(BENCH).gpu.compile_gate --out compile.json
