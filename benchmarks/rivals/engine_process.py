@@ -19,7 +19,7 @@ import psutil
 
 from .session import Answers
 
-STOP_S, ORPHANS_S = 60.0, 3.0
+STOP_S, ORPHANS_S, FREEZE_S = 60.0, 3.0, 5.0
 
 
 class EngineFailed(Exception):
@@ -57,7 +57,7 @@ class EngineProcess:
         """Until the warm-up has been answered. Raises EngineFailed."""
         told = json.loads(self._read_line(timeout_s))
         self.version, self.start_s = told["version"], time.monotonic() - self._began
-        self._signal(signal.SIGSTOP)
+        self._freeze()
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -67,7 +67,7 @@ class EngineProcess:
             self.run([[5, 6, 7, 8]], 2, STOP_S)
             yield
         finally:
-            self._signal(signal.SIGSTOP)
+            self._freeze()
 
     def run(self, prompts: Sequence[list[int]], new_tokens: int, timeout_s: float) -> Answers:
         """While it is awake. Raises EngineFailed."""
@@ -135,6 +135,13 @@ class EngineProcess:
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return (lines[-1] if lines else "it said nothing")[-300:]
 
+    def _freeze(self) -> None:
+        """A process that computes takes note of the signal a little later: nobody's turn begins before that."""
+        self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + FREEZE_S
+        while any(_computes(process) for process in self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.001)
+
     def _signal(self, number: signal.Signals) -> None:
         """To every process of the tree: worker processes may have left the driver's process group."""
         for process in self.processes():
@@ -142,6 +149,13 @@ class EngineProcess:
                 process.send_signal(number)
             except psutil.NoSuchProcess:
                 continue
+
+
+def _computes(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run_once(argv: Sequence[str], cwd: Path) -> None:
