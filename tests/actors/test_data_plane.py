@@ -105,7 +105,7 @@ def test_a_cancel_frees_every_block(cluster: ProcessCluster) -> None:
 
 
 def test_a_deadline_ends_the_sequence_with_its_reason(cluster: ProcessCluster) -> None:
-    endless = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
+    endless = SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
     cluster.submit("late", PROMPTS[1], endless, timeout_s=0.1)
     cluster.front.finish("late")
     answer = cluster.front.answers["late"]
