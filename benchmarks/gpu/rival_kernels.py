@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import importlib
 import importlib.util
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection
@@ -39,7 +41,9 @@ def extracted(path: Path, names: Collection[str]) -> ModuleType:
             found[node.name] = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
     if missing := set(names) - set(found):
         raise ValueError(f"{path} has no {', '.join(sorted(missing))}; another release of vLLM may have renamed them")
-    file = Path(tempfile.mkdtemp()) / f"rival_{path.stem}.py"
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # not before: Triton reads a kernel's text when it runs
+    file = folder / f"rival_{path.stem}.py"
     file.write_text("\n\n".join(["import torch\nimport triton\nimport triton.language as tl\n", *found.values()]))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
