@@ -90,14 +90,8 @@ class ExpertServer:
             self._compute(batch)
 
     def _compute(self, jobs: list[Job]) -> None:
-        layer, num_rows, num_pairs = jobs[0].layer, 0, 0
-        ready: list[Job] = []
-        for job in jobs:
-            if self._host.add(layer, job.part, num_rows, num_pairs):
-                ready.append(job)
-                num_rows, num_pairs = num_rows + job.part.x.shape[0], num_pairs + job.part.num_pairs
-            else:
-                self._refuse(job)
+        layer = jobs[0].layer
+        num_rows, num_pairs, ready = self._resident(self._host, jobs)
         if not ready:
             return
         parts = [job.part for job in ready]
@@ -113,16 +107,30 @@ class ExpertServer:
                 self._answer(job, started, ended, buffer.bytes_of_rows(first, job.part.num_pairs))
                 first += job.part.num_pairs
             self._buffers.give_back(buffer)
+        self._count(num_rows, num_pairs, len(ready))
+
+    def _resident(self, host: ExpertHost, jobs: list[Job]) -> tuple[int, int, list[Job]]:
+        """Puts the jobs of a batch together and refuses those of experts that are not here: rows, pairs, the others."""
+        num_rows, num_pairs = 0, 0
+        ready: list[Job] = []
+        for job in jobs:
+            if host.add(job.layer, job.part, num_rows, num_pairs):
+                ready.append(job)
+                num_rows, num_pairs = num_rows + job.part.x.shape[0], num_pairs + job.part.num_pairs
+            else:
+                self._refuse(job)
+        return num_rows, num_pairs, ready
+
+    def _count(self, num_rows: int, num_pairs: int, num_jobs: int) -> None:
         counts = self.counts
         counts["tokens"] += num_rows
         counts["rows"] += num_pairs
-        counts["hops"] += len(ready)
+        counts["hops"] += num_jobs
         counts["batches"] += 1
 
     def _answer(self, job: Job, started: float, ended: float, rows: memoryview | None) -> None:
         """rows: None if they have been computed where the link wants them."""
-        queued, computed, held = started - job.arrived, ended - started, time.monotonic() - job.arrived
-        meta = ROWS.pack(job.number, job.part.num_pairs, int(queued * 1e9), int(computed * 1e9), int(held * 1e9))
+        meta = rows_meta(job, started, ended)
         try:
             if rows is None:
                 job.link.commit(Kind.ROWS, meta, job.part.num_pairs * self._row_bytes)
@@ -136,6 +144,12 @@ class ExpertServer:
         log.warning("%s asked for experts %s of layer %d", job.link.peer.name, experts.tolist(), job.layer)
         with suppress(LinkClosed, LinkFull):
             job.link.send(Kind.NOT_RESIDENT, ROWS.pack(job.number, 0, 0, 0, 0), experts.data.cast("B"))
+
+
+def rows_meta(job: Job, started: float, ended: float) -> bytes:
+    """How an answer begins: whose it is, and how long it waited, was computed and was here."""
+    queued, computed, held = started - job.arrived, ended - started, time.monotonic() - job.arrived
+    return ROWS.pack(job.number, job.part.num_pairs, int(queued * 1e9), int(computed * 1e9), int(held * 1e9))
 
 
 def next_batch(jobs: list[Q], now: float) -> tuple[list[Q], list[Q]]:

@@ -22,9 +22,9 @@ from ..model.network_weights import ExpertWeights
 from ..model.to_device import on_device
 from .dispatch import DISPATCH_DEADLINE_S
 from .expert_host import ExpertHost, Slice
-from .expert_server import ExpertServer, Job, next_batch
+from .expert_server import ExpertServer, Job, next_batch, rows_meta
 from .links import DialFailed, Link, LinkClosed, LinkError, LinkFull
-from .messages import DISPATCH, ROWS, Kind, pack
+from .messages import DISPATCH, Kind, pack
 from .nccl_pair import OfferedPair, RowPair
 from .paired_experts import JOIN_TIMEOUT_S
 from .pairs import are_within
@@ -145,33 +145,22 @@ class PairedServer(ExpertServer):
                 asker.pair.close("its link is closed")
 
     def _compute_paired(self, jobs: list[Job]) -> None:
-        host, layer, num_rows, num_pairs = self._device_host, jobs[0].layer, 0, 0
-        ready: list[Job] = []
-        for job in jobs:
-            if host.add(layer, job.part, num_rows, num_pairs):
-                ready.append(job)
-                num_rows, num_pairs = num_rows + job.part.x.shape[0], num_pairs + job.part.num_pairs
-            else:
-                self._refuse(job)
+        host = self._device_host
+        num_rows, num_pairs, ready = self._resident(host, jobs)
         if not ready:
             return
         started, first = time.monotonic(), 0
         rows = torch.empty(num_pairs, self._hidden, dtype=self._dtype, device=self._device)
-        host.run(layer, [job.part for job in ready], rows)
+        host.run(jobs[0].layer, [job.part for job in ready], rows)
         ended = time.monotonic()
         for job in ready:
             self._answer_paired(job, started, ended, rows[first : first + job.part.num_pairs])
             first += job.part.num_pairs
-        counts = self.counts
-        counts["tokens"] += num_rows
-        counts["rows"] += num_pairs
-        counts["hops"] += len(ready)
-        counts["batches"] += 1
+        self._count(num_rows, num_pairs, len(ready))
 
     def _answer_paired(self, job: Job, started: float, ended: float, rows: Tensor) -> None:
         """The times are the host's, which waits for nothing."""
-        queued, computed, held = started - job.arrived, ended - started, time.monotonic() - job.arrived
-        meta = ROWS.pack(job.number, job.part.num_pairs, int(queued * 1e9), int(computed * 1e9), int(held * 1e9))
+        meta = rows_meta(job, started, ended)
         try:
             job.link.send(Kind.PAIRED_ROWS, meta)
         except (LinkClosed, LinkFull) as error:
