@@ -79,6 +79,7 @@ class AttentionWorker:
         self.loading = Loading()
         self.endpoint: Endpoint | None = None
         self._view: ClusterView | None = None
+        self._is_open = False  # front ends place nothing on a worker that has not told its load
         self._applying = threading.Lock()
         self._latest_load: dict[str, Any] = {}
         self._tracer: Tracer | None = None
@@ -282,7 +283,10 @@ class AttentionWorker:
                         self._mail.hear(event)
                     if self._paired is not None:
                         self._paired.hear(event)
-                self._swap_view(has_news=any(_is_expert_link(event) for event in events))
+                was_open = self._is_open
+                self._swap_view(has_news=any(_is_link_of("expert", event) for event in events))
+                if self._is_open != was_open or any(_is_link_of("front", event) for event in events):
+                    load_due = 0.0
                 try:
                     busy = engine.step()
                     failed_steps = 0 if busy else failed_steps  # a round without work proves nothing
@@ -302,7 +306,10 @@ class AttentionWorker:
     def _swap_view(self, has_news: bool) -> None:
         """`has_news`: an expert worker is linked (again): under the same map, rows may go to it from now on."""
         view = self._view
-        if view is None or view.expert_map is None or self._remote is None:
+        if view is None:
+            return
+        self._is_open = True
+        if view.expert_map is None or self._remote is None:
             return
         if has_news or view.expert_map.epoch != self._remote.epoch:
             assert self.endpoint is not None
@@ -313,8 +320,11 @@ class AttentionWorker:
                 self._mail.set_map(view.expert_map, links)
 
     def _broadcast_load(self) -> None:
+        """Front ends hear nothing before the links of the first view stand: they would send requests."""
         assert self.endpoint is not None
-        self.endpoint.broadcast("front", Kind.LOAD, pack({"load": self.load(True)}))
+        load = pack({"load": self.load(True)})
+        if self._is_open:
+            self.endpoint.broadcast("front", Kind.LOAD, load)
 
 
 def dial_targets(name: str, role: Role, view: ClusterView) -> list[WorkerInfo]:
@@ -326,8 +336,8 @@ def dial_targets(name: str, role: Role, view: ClusterView) -> list[WorkerInfo]:
     return targets
 
 
-def _is_expert_link(event: Event) -> bool:
-    return isinstance(event, Opened) and event.link.peer.role == "expert"
+def _is_link_of(role: str, event: Event) -> bool:
+    return isinstance(event, Opened) and event.link.peer.role == role
 
 
 def _balance(loads: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float]:

@@ -117,7 +117,7 @@ class RemoteExperts:
         experts, top_k = topk_idx.numpy().reshape(-1), topk_idx.shape[1]
         handle = self._form_of_handle(x)(layer, x.contiguous(), experts, top_k, first_row)
         row = self._layer_row.get(layer)
-        if row is None:  # a front end can be faster than the first map
+        if row is None:  # a request that came before the first map
             self._fail(handle, self._all_slots(len(handle.experts)))
         elif self._direct is not None:
             self.counters.serialise_s += self._send_direct(self._direct, handle, row) - started

@@ -29,11 +29,9 @@ class Peers:
         return self._links.get(event.link.peer.name) is event.link
 
     def add(self, link: Link) -> Link | None:
-        """Returns the peer's earlier link, if it had one. A front end is told our load at once."""
+        """Returns the peer's earlier link, if it had one."""
         old = self._links.get(link.peer.name)
         self._links[link.peer.name] = link
-        if link.peer.role == "front":
-            self.send(link, Kind.LOAD, pack({"load": self._describe_load(True)}))
         return old
 
     def remove(self, name: str) -> None:

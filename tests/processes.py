@@ -113,6 +113,7 @@ class WireFront:
         self.links: dict[str, Link] = {}
         self.answers: dict[str, Answer] = {}
         self.loads: dict[str, dict[str, Any]] = {}
+        self.first_loads: dict[str, dict[str, Any]] = {}
 
     def connect(self, worker: WorkerInfo) -> None:
         self.links[worker.name] = dial(worker, self.hello, SECRET, "unix", 10.0)
@@ -156,6 +157,7 @@ class WireFront:
 
     def _hear(self, event: Received) -> None:
         body = unpack(event.message.meta)
+        self.first_loads.setdefault(event.link.peer.name, body["load"])
         self.loads[event.link.peer.name] = self.loads.get(event.link.peer.name, {}) | body["load"]
         for item in body.get("items", []):
             answer = self.answers[item["id"]]
@@ -216,12 +218,12 @@ class ProcessCluster:
             expert_map.check()
         infos = tuple(worker.info for worker in self.workers.values() if worker.info)
         self.view = ClusterView(1, infos, expert_map, transport)
-        for worker in self.workers.values():
-            worker.call("apply", self.view)
         self.front = WireFront()
-        for info in infos:
+        for info in infos:  # before the view is applied: front ends can be as fast
             if info.role != "expert":
                 self.front.connect(info)
+        for worker in self.workers.values():
+            worker.call("apply", self.view)
         self.front.wait(lambda: len(self.front.loads) == len(self.front.links), "the first load reports")
 
     def submit(self, name: str, prompt: list[int], params: SamplingParams, **where: Any) -> None:

@@ -54,6 +54,11 @@ def tokens(answers: list[Answer]) -> list[list[int]]:
     return [answer.token_ids for answer in answers]
 
 
+def test_front_ends_hear_of_a_worker_once_it_can_reach_the_experts(cluster: ProcessCluster) -> None:
+    epochs = {name: load["counters"]["epoch"] for name, load in cluster.front.first_loads.items()}
+    assert epochs == {"prefill-0": 1, "decode-0": 1}
+
+
 def test_tokens_are_the_oracles_one_by_one_and_all_at_once(cluster: ProcessCluster, oracle: list[list[int]]) -> None:
     alone = [cluster.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS]
     assert alone == oracle
