@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import openai
 from rich.console import Console
@@ -15,6 +13,7 @@ from rich.table import Table
 
 from . import braid_v1_pb2 as pb
 from .local_gpus import local_gpus
+from .ports import free_ports
 from .processes import wait_gone
 from .registry import Registry
 from .spec import ClusterSpec, from_dict
@@ -82,14 +81,6 @@ def where_table(found: Row) -> Table:
         values = (worker["name"], worker["role"], worker["pid"], worker["tokens"], worker["hops"])
         table.add_row(*[str(value) for value in values])
     return table
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def _show_both(spec: ClusterSpec, console: Console) -> None:

@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,14 +14,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from braid.cluster.ports import free_ports
+
 SCRIPTS = Path(sys.executable).parent
+START_S = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +54,18 @@ class RayHead:
         listed = self.ask("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
         return [each for each in listed if each["ray_namespace"] == namespace and each["state"] != "DEAD"]
 
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    @contextmanager
+    def lent_to(self, cluster: str) -> Iterator[None]:
+        """However the test ends, its cluster and Serve are gone afterwards: the next test finds this Ray empty."""
+        namespace = f"braid-{cluster}"
+        try:
+            yield
+        finally:
+            self.ask("/api/serve/applications/", "DELETE")
+            if self.living_actors(namespace):
+                self.command("braid", "down", "--name", cluster, "--address", self.gcs)
+            until(f"{cluster} is gone", lambda: not self.living_actors(namespace), 60.0)
+            until("Serve is gone", lambda: not self.living_actors("serve"), 60.0)
 
 
 def until(what: str, found: Callable[[], Any], timeout_s: float) -> Any:
@@ -104,15 +111,16 @@ def ray_head(labels: str, num_gpus: int = 0) -> Iterator[RayHead]:
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     head = RayHead(folder, env, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
     try:
-        until("Ray's dashboard answers", lambda: head.ask("/api/version"), 60.0)
-        until("Ray's job server answers", lambda: head.ask("/api/jobs/") is not None, 60.0)
+        until("Ray's dashboard answers", lambda: head.ask("/api/version"), START_S)
+        until("Ray's job server answers", lambda: head.ask("/api/jobs/") is not None, START_S)
         yield head
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-        left = [
+        ours = [
             each for each in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(each.info["cmdline"] or [])
         ]
+        _, left = psutil.wait_procs(ours, timeout=20)  # Ray's agents follow their parent
         for each in left:
             each.kill()
         shutil.rmtree(folder, ignore_errors=True)

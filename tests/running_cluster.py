@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,16 +14,12 @@ import openai
 
 from braid.cluster import braid_v1_pb2 as pb
 from braid.cluster import braid_v1_pb2_grpc
+from braid.cluster.ports import free_ports
+from braid.cluster.registry import Registry
+from braid.cluster.status import status
 
 BRAID = Path(sys.executable).parent / "braid"
 UP_TIMEOUT_S = 180
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run_braid(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -37,25 +31,43 @@ def run_braid(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> 
 
 
 class RunningCluster:
-    """`up` has returned: both front ends answer."""
+    """Inside `with` it is up and both front ends answer; afterwards it is down, whatever the tests have done to it."""
 
     def __init__(self, name: str, cwd: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
-        self.name, self.cwd, self.env = name, cwd, env
-        self.http_port, self.grpc_port = free_port(), free_port()
-        ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
-        done = run_braid("up", *arguments, "--name", name, "--detach", *ports, cwd=cwd, env=env)
-        assert done.returncode == 0, f"braid up failed:\n{done.stdout}\n{done.stderr}"
+        self.name, self.cwd, self.arguments = name, cwd, arguments
+        self.env = {"HOME": str(cwd)} | (env or {})  # a registry of its own: the user's clusters are none of ours
+        self.registry = Registry(cwd / ".cache" / "braid")
+        self.http_port, self.grpc_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120, max_retries=0)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.grpc_port}")
         self.stub = braid_v1_pb2_grpc.BraidStub(self.channel)
-        self.model = self.client.models.list().data[0].id
+
+    def __enter__(self) -> RunningCluster:
+        ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
+        done = run_braid("up", *self.arguments, "--name", self.name, "--detach", *ports, cwd=self.cwd, env=self.env)
+        try:
+            assert done.returncode == 0, f"braid up failed:\n{done.stdout}\n{done.stderr}"
+            self.model = self.client.models.list().data[0].id
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self.client.close()
+        self.channel.close()
+        record = self.registry.find(self.name)
+        before = processes_with(record.run_dir) if record else []
+        done = run_braid("down", "--name", self.name, cwd=self.cwd, env=self.env)
+        if failure is None:
+            assert done.returncode == 0, done.stderr
+            assert record is not None
+            assert (bool(before), processes_with(record.run_dir)) == (True, [])
 
     def status(self) -> dict[str, Any]:
-        done = run_braid("status", "--name", self.name, "--json", cwd=self.cwd)
-        assert done.returncode == 0, done.stderr
-        status: dict[str, Any] = json.loads(done.stdout)
-        return status
+        """What `braid status` shows, without the second its start takes: a request under way may be over by then."""
+        return status(self.name, self.registry)
 
     def worker(self, name: str) -> dict[str, Any]:
         workers: dict[str, dict[str, Any]] = {worker["name"]: worker for worker in self.status()["workers"]}
@@ -77,19 +89,13 @@ class RunningCluster:
         responses = list(self.stub.Generate(request, timeout=120))
         return [token for r in responses for token in r.token_ids], "".join(r.text for r in responses)
 
-    def down(self) -> None:
-        self.client.close()
-        self.channel.close()
-        done = run_braid("down", "--name", self.name, cwd=self.cwd)
-        assert done.returncode == 0, done.stderr
 
-
-def processes_of(cluster_name: str) -> list[str]:
-    """Command lines of every process that was started with the cluster's run folder or name in its environment."""
+def processes_with(run_dir: str) -> list[str]:
+    """Command lines of all processes that have the cluster's run folder in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"/{cluster_name}/".encode() in path.read_bytes():
+            if f"{run_dir}/".encode() in path.read_bytes():
                 found.append(path.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue

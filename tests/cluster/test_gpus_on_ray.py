@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_head import RayHead, free_ports, ray_head, until
+from ray_head import RayHead, ray_head, until
 from running_cluster import run_braid
+
+from braid.cluster.ports import free_ports
 
 SPEC = """
 prefill: {{workers: 1, gpus: {gpus}}}

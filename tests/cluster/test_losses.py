@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from running_cluster import RunningCluster, processes_of
+from running_cluster import RunningCluster
 
 from braid.cluster import braid_v1_pb2 as pb
 
@@ -24,10 +24,8 @@ SAMPLING = pb.Sampling(max_tokens=200, temperature=0.8, seed=11, ignore_eos=True
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[RunningCluster]:
-    running = RunningCluster("losses", tmp_path, "--decode", "2")
-    yield running
-    running.down()
-    assert processes_of("losses") == []
+    with RunningCluster("losses", tmp_path, "--decode", "2") as running:
+        yield running
 
 
 class Stream:
@@ -54,8 +52,9 @@ class Stream:
         return None
 
 
-def kill(cluster: RunningCluster, worker: str) -> None:
-    os.kill(cluster.worker(worker)["pid"], signal.SIGKILL)
+def kill(worker: dict[str, Any]) -> None:
+    """At once, so that a stream under way is still so: who has to look the process up comes too late."""
+    os.kill(worker["pid"], signal.SIGKILL)
 
 
 def wait_status(cluster: RunningCluster, until: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
@@ -68,11 +67,12 @@ def wait_status(cluster: RunningCluster, until: Callable[[dict[str, Any]], bool]
 
 
 def test_a_cluster_loses_its_workers_one_by_one(cluster: RunningCluster) -> None:
+    workers = {worker["name"]: worker for worker in cluster.status()["workers"]}
     undisturbed = Stream(cluster).finish()
 
     # an expert worker: its replica takes over and no token changes
     struck = Stream(cluster)
-    kill(cluster, "expert-1")
+    kill(workers["expert-1"])
     assert struck.finish() == undisturbed
     status = wait_status(cluster, lambda status: status["expert_map"]["epoch"] == 2, "the map without expert-1")
     assert {worker["name"]: worker["state"] for worker in status["workers"]}["expert-1"] == "lost"
@@ -80,7 +80,7 @@ def test_a_cluster_loses_its_workers_one_by_one(cluster: RunningCluster) -> None
 
     # a decode worker: its own streams end by name, the other worker's go on
     streams = [Stream(cluster), Stream(cluster)]
-    kill(cluster, "decode-1")
+    kill(workers["decode-1"])
     errors = [stream.error() for stream in streams]
     (spared,) = [stream for stream, error in zip(streams, errors, strict=True) if error is None]
     (error,) = [error for error in errors if error is not None]
@@ -91,7 +91,7 @@ def test_a_cluster_loses_its_workers_one_by_one(cluster: RunningCluster) -> None
     cluster.wait_baseline()
 
     # the only prefill worker: new requests are refused at once, and health says so
-    kill(cluster, "prefill-0")
+    kill(workers["prefill-0"])
     deadline = time.monotonic() + 10
     while httpx.get(f"{cluster.url}/health", timeout=10).status_code != 503:
         assert time.monotonic() < deadline, "health never saw the loss of the only prefill worker"

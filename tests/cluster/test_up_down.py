@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running_cluster import BRAID, free_port, run_braid
+from running_cluster import BRAID, run_braid
 
+from braid.cluster.ports import free_ports
 from braid.cluster.processes import Process, members, process_of, wait_gone
 from braid.cluster.registry import Registry
 
@@ -79,7 +80,7 @@ def wait_for(what: str, found: Callable[[], Any]) -> None:
 @pytest.mark.cluster
 def test_two_clusters_side_by_side_end_without_a_trace(home: Home) -> None:
     """One detached, whose supervisor is killed at last; one in the foreground, ended by Ctrl-C."""
-    http, grpc, other_http = free_port(), free_port(), free_port()
+    http, grpc, other_http, other_grpc, *spare = free_ports(7)
     up = home.braid("up", "--name", "one", "--detach", *SMALL, *ports(http, grpc))
     assert up.returncode == 0, up.stderr
     assert "cluster one is serving" in up.stderr
@@ -93,14 +94,14 @@ def test_two_clusters_side_by_side_end_without_a_trace(home: Home) -> None:
     assert status["workers"][0]["free_blocks"] == status["workers"][0]["total_blocks"] > 0
     assert status["expert_map"] is None
 
-    again = home.braid("up", "--name", "one", "--detach", *SMALL, *ports(free_port(), free_port()))
+    again = home.braid("up", "--name", "one", "--detach", *SMALL, *ports(*spare[:2]))
     assert again.returncode == 1
     assert f"cluster 'one' is already up (pid {first.pid}" in again.stderr
-    taken = home.braid("up", "--name", "two", "--detach", *SMALL, *ports(http, free_port()))
+    taken = home.braid("up", "--name", "two", "--detach", *SMALL, *ports(http, spare[2]))
     assert taken.returncode == 2
     assert f"front_end.http_port: port {http} on 127.0.0.1 is in use by pid" in taken.stderr
 
-    with home.foreground("--name", "two", *SMALL, *ports(other_http, free_port())) as front:
+    with home.foreground("--name", "two", *SMALL, *ports(other_http, other_grpc)) as front:
         wait_for("the second cluster", lambda: is_healthy(other_http) and home.status("two")["state"] == "serving")
         second = home.supervisor("two")
         run_dirs.append(Path(home.registry.get("two").run_dir))
@@ -132,9 +133,10 @@ def test_two_clusters_side_by_side_end_without_a_trace(home: Home) -> None:
 @pytest.mark.cluster
 def test_a_start_that_fails_says_why_and_leaves_only_logs(home: Home) -> None:
     spec = home.path / "spec.yaml"
+    http, grpc = free_ports(2)
     spec.write_text(
         f"name: three\nprefill: {{workers: 0}}\ndecode: {{workers: 2, strategy: STRICT_SPREAD}}\nexperts: colocated\n"
-        f"front_end: {{http_port: {free_port()}, grpc_port: {free_port()}}}\n"
+        f"front_end: {{http_port: {http}, grpc_port: {grpc}}}\n"
     )
     up = home.braid("up", str(spec), "--detach")
     assert up.returncode == 1

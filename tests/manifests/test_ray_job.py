@@ -10,7 +10,9 @@ import httpx
 import psutil
 import pytest
 from openai import OpenAI
-from ray_head import RayHead, free_ports, until
+from ray_head import RayHead, until
+
+from braid.cluster.ports import free_ports
 
 NAME = "as-job"
 SPEC = """
@@ -23,26 +25,28 @@ front_end: {{http_port: {http}, grpc_port: {grpc}}}
 def test_a_job_starts_the_cluster_and_keeps_it_until_stopped(head: RayHead, wheel: Path) -> None:
     http_port, grpc_port = free_ports(2)
     spec = SPEC.format(name=NAME, http=http_port, grpc=grpc_port)
-    submit(head, NAME, spec, wheel, "python", "-m", "braid.cluster.cli", "up", "braid.yaml", "--address", "auto")
+    with (
+        head.lent_to(NAME),
+        OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", max_retries=0) as client,
+    ):
+        submit(head, NAME, spec, wheel, "python", "-m", "braid.cluster.cli", "up", "braid.yaml", "--address", "auto")
+        until("the cluster serves", lambda: serves(head, client), 150.0)
+        answer = client.completions.create(model="braid-tiny", prompt="import ", max_tokens=8, temperature=0)
+        assert answer.usage is not None
+        assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
 
-    client = OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", max_retries=0)
-    until("the cluster serves", lambda: serves(head, client), 150.0)
-    answer = client.completions.create(model="braid-tiny", prompt="import ", max_tokens=8, temperature=0)
-    assert answer.usage is not None
-    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
+        actors = head.living_actors(f"braid-{NAME}")
+        assert {"Controller", "WorkerProcess", "FrontActor"} == {actor["class_name"] for actor in actors}
+        processes = [psutil.Process(actor["pid"]) for actor in actors]
+        for process in processes:
+            assert "py_modules" in process.environ()["PYTHONPATH"].split(os.pathsep)[0], "it imports the wheel"
 
-    actors = head.living_actors(f"braid-{NAME}")
-    assert {"Controller", "WorkerProcess", "FrontActor"} == {actor["class_name"] for actor in actors}
-    processes = [psutil.Process(actor["pid"]) for actor in actors]
-    for process in processes:
-        assert "py_modules" in process.environ()["PYTHONPATH"].split(os.pathsep)[0], "it imports the wheel"
-
-    head.command("ray", "job", "stop", "--address", head.dashboard, NAME)
-    assert head.ask(f"/api/jobs/{NAME}")["status"] == "STOPPED"
-    until("the actors are gone", lambda: head.living_actors(f"braid-{NAME}") == [], 60.0)
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert alive == []
-    assert not any(listens(port) for port in (http_port, grpc_port))
+        head.command("ray", "job", "stop", "--address", head.dashboard, NAME)
+        assert head.ask(f"/api/jobs/{NAME}")["status"] == "STOPPED"
+        until("the actors are gone", lambda: head.living_actors(f"braid-{NAME}") == [], 60.0)
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert alive == []
+        assert not any(listens(port) for port in (http_port, grpc_port))
 
 
 @pytest.mark.cluster

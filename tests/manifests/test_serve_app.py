@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import yaml
 from openai import AuthenticationError, OpenAI
-from ray_head import RayHead, free_ports, until
+from ray_head import RayHead, until
 
 from braid.cluster.errors import SpecError
+from braid.cluster.ports import free_ports
 from braid.cluster.spec import ClusterSpec
 from braid.manifests.serve_app import settings_for
 
@@ -37,23 +38,26 @@ def test_serve_builds_the_application_once_the_workers_serve(head: RayHead) -> N
     (folder / "api-keys").write_text("a-key\n")
     config = serve_config(folder, http_port)
 
-    head.ask("/api/serve/applications/", "PUT", config)
-    until("Serve runs the application", lambda: runs(head), 150.0)
-    client = OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="a-key", max_retries=0)
-    first = complete(client)
-    with pytest.raises(AuthenticationError):
-        complete(client.with_options(api_key="another"))
+    with (
+        head.lent_to(NAME),
+        OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="a-key", max_retries=0) as client,
+    ):
+        head.ask("/api/serve/applications/", "PUT", config)
+        until("Serve runs the application", lambda: runs(head), 150.0)
+        first = complete(client)  # at once: who runs is ready
+        with pytest.raises(AuthenticationError):
+            complete(client.with_options(api_key="another"))
 
-    # Serve builds again; the cluster that is there is taken as it is, and no worker is another one
-    before = {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")}
-    config["applications"][0]["args"]["start_timeout_s"] = 61
-    head.ask("/api/serve/applications/", "PUT", config)
-    until("the second application answers", lambda: runs(head) and complete(client) == first, 60.0)
-    assert {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")} == before
+        # Serve builds again; the cluster that is there is taken as it is, and no worker is another one
+        before = {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")}
+        config["applications"][0]["args"]["start_timeout_s"] = 61
+        head.ask("/api/serve/applications/", "PUT", config)
+        until("the second application answers", lambda: runs(head) and complete(client) == first, 60.0)
+        assert {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")} == before
 
-    head.ask("/api/serve/applications/", "DELETE")
-    head.command("braid", "down", "--name", NAME, "--address", head.gcs)
-    until("the actors are gone", lambda: head.living_actors(f"braid-{NAME}") == [], 60.0)
+        head.ask("/api/serve/applications/", "DELETE")
+        head.command("braid", "down", "--name", NAME, "--address", head.gcs)
+        until("the actors are gone", lambda: head.living_actors(f"braid-{NAME}") == [], 60.0)
 
 
 def serve_config(folder: Path, http_port: int) -> dict[str, Any]:
