@@ -60,6 +60,7 @@ class ColocatedExperts(LocalExperts):
     wait_s = 0.0
     has_waits = False
     may_redo = False
+    is_whole = True
 
     def is_settled(self) -> bool:
         return True

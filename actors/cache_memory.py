@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..model.from_device import Fetched, host_memory, recorded
+from ..model.from_device import Aside, Fetched, host_memory, recorded
 from ..model.kv_cache import LatentCache
 from .wire import bytes_of, rows_from
 
@@ -74,20 +74,25 @@ class OnItsWay:
 
 
 class DeviceMemory:
-    """Copies are ordered with the kernels that write and read the rows; only `pieces` waits for one."""
+    """Rows are copied after the kernels that write them and before those that read them; only `pieces` waits for one.
+
+    Rows that leave are copied beside the kernels of the layers that follow.
+    """
 
     def __init__(self, cache: LatentCache) -> None:
         self.row_bytes = row_bytes_of(cache)
         self._layers = [rows.flatten(0, 1) for rows in cache.layers]
+        self._aside = Aside(cache.layers[0].device)
 
     def read(self, layer: int, runs: Runs) -> OnItsWay:
         rows = self._layers[layer]
         host = host_memory((sum(count for _, count in runs), rows.shape[1]), rows.dtype, rows.device)
         done = 0
-        for row, count in runs:
-            host[done : done + count].copy_(rows[row : row + count], non_blocking=True)
-            done += count
-        return OnItsWay(Fetched((host,), recorded(rows.device)))
+        with self._aside.after_what_was_asked():
+            for row, count in runs:
+                host[done : done + count].copy_(rows[row : row + count], non_blocking=True)
+                done += count
+            return OnItsWay(Fetched((host,), recorded(rows.device)))
 
     def write(self, layer: int, runs: Runs, payload: memoryview) -> None:
         rows = self._layers[layer]

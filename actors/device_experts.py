@@ -182,6 +182,11 @@ class DeviceExperts:
         return self.can_be_noted
 
     @property
+    def is_whole(self) -> bool:
+        """Of what the device has done so far: kernels tell of a lost worker before its rows become zeros."""
+        return self._peers is None or not self._peers.tables.told.any()
+
+    @property
     def has_waits(self) -> bool:
         return not self.can_be_noted and self._staged.has_waits
 

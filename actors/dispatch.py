@@ -58,6 +58,7 @@ class RemoteExperts:
 
     has_waits = True
     may_redo = False  # a slice is sent again, not the pass
+    is_whole = True
     can_be_noted = False
     is_paired = False  # whether rows of x may stay on the device
 

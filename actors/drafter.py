@@ -39,7 +39,12 @@ class ExpertSide(Protocol):
 
     @property
     def may_redo(self) -> bool:
-        """Whether a pass that loses rows must be run again: nothing of it may leave before `is_settled`."""
+        """Whether a pass that loses rows must be run again: no token of it may leave before `is_settled`."""
+        ...
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the pass under way has lost no rows that must come by running it again, as far as it has got."""
         ...
 
     def is_settled(self) -> bool: ...

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 
 from ..model.config import ModelConfig
-from ..model.deepseek import Batch, DeepSeekModel, ForwardOutput, OnLayer, Segment
+from ..model.deepseek import Batch, DeepSeekModel, ForwardOutput, Segment
 from ..model.sampler import Ask, NothingToSample, RowSampler, SampledToken, prompt_logprobs, sampler_for
 from .ahead import Ahead, look_ahead
 from .drafter import Computed, Drafter, ExpertSide
+from .kv_transfer import LayerSender
 from .overlap import Overlap
 from .requests import Requests, wire_logprob
 from .scheduler import Chunk, Plan
@@ -86,7 +87,7 @@ class Engine:
         for chunk in prompts:
             chunk.sequence.started_ns = chunk.sequence.started_ns or now
         self.experts.phase = 0 if len(prompts) < len(plan) else 1
-        on_layer = self.requests.layer_sender(plan)
+        on_layer = self.requests.layer_sender(plan, lambda: self.experts.is_whole)
         phase, num_rows, waited = self.experts.phase, len(batch.token_ids), self.experts.wait_s
         count = self.overlap.choose(phase, num_rows)
         begun, self._running = time.perf_counter(), plan
@@ -109,19 +110,16 @@ class Engine:
             self.forward_s += self.drafter.run(computed, output.hidden, len(self.scheduler.decoding), on_layer)
         self.requests.hand_over_ready(plan)
 
-    def _forward(self, plan: Plan, batch: Batch, on_layer: OnLayer, count: int) -> tuple[ForwardOutput, RowSampler]:
+    def _forward(self, plan: Plan, batch: Batch, on_layer: LayerSender, count: int) -> tuple[ForwardOutput, RowSampler]:
         """Once, or, where rows can be lost on the way, until none was: the same inputs give the same bits (law 4)."""
         while True:
             may_redo = self.experts.may_redo
-            output = self.model.forward(batch, None if may_redo else on_layer, count)
+            output = self.model.forward(batch, on_layer, count)
             sampler = sampler_for(output.logits, lambda: self._asks(plan))
             if output.logits.is_cuda:
                 self.meanwhile()
-            if not may_redo:
-                return output, sampler
-            if self.experts.is_settled():
-                for layer in range(len(self.model.layers)):
-                    on_layer(layer)
+            on_layer.finish()  # the device computes still: each layer's rows leave before the next one's are there
+            if not may_redo or self.experts.is_settled():
                 return output, sampler
 
     def _postprocess(

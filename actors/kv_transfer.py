@@ -14,6 +14,7 @@ import logging
 import time
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,25 +121,45 @@ def take_spans(sequence: Sequence, link: Link, end: int) -> list[Span]:
 class LayerSender:
     """The forward pass's `on_layer` hook: ships a layer's rows of the spans. Where they lie was found once for all.
 
-    Rows of a device's cache leave a layer or so later, when they have reached the host; `finish` waits for the last.
+    Rows of a device's cache leave when they have reached the host, while later layers compute; `finish` waits for the
+    last. `is_whole`: whether the pass has lost nothing so far, asked once a layer's rows are here. After a loss nothing
+    more leaves; if the pass is then run again, no layer leaves twice: those that did have the bits they get again.
     """
 
-    def __init__(self, memory: CacheMemory, spans: list[Span], checksums: bool) -> None:
+    def __init__(
+        self, memory: CacheMemory, spans: list[Span], checksums: bool, is_whole: Callable[[], bool] = lambda: True
+    ) -> None:
         self._memory = memory
         self._spans = spans
         self._checksums = checksums
-        self._reading: deque[tuple[int, Span, Reading]] = deque()
+        self._is_whole = is_whole
+        self._num_sent = 0  # layers
+        self._reading: deque[tuple[int, list[tuple[Span, Reading]]]] = deque()
 
     def __call__(self, layer: int) -> None:
-        for span in self._spans:
-            if not span.link.closed:  # else the Closed event fails the sequence after this step
-                self._reading.append((layer, span, self._memory.read(layer, span.runs)))
-        while self._reading and self._reading[0][2].is_there():
-            self._send(*self._reading.popleft())
+        if self._spans and layer >= self._num_sent:
+            spans = [span for span in self._spans if not span.link.closed]  # its Closed event fails the sequence later
+            self._reading.append((layer, [(span, self._memory.read(layer, span.runs)) for span in spans]))
+        while self._reading and all(reading.is_there() for _, reading in self._reading[0][1]) and self._is_whole():
+            self._send_next()
 
     def finish(self) -> None:
+        """Each layer leaves as soon as its rows are here; forgets those that a loss has spoilt."""
         while self._reading:
-            self._send(*self._reading.popleft())
+            for _, reading in self._reading[0][1]:
+                reading.pieces()
+            if not self._is_whole():
+                self._reading.clear()
+                return
+            self._send_next()
+
+    def _send_next(self) -> None:
+        layer, readings = self._reading.popleft()
+        for span, reading in readings:
+            if span.link.queued_bytes:  # where no layer waits for experts, nobody else looks after links during a pass
+                span.link.flush()
+            self._send(layer, span, reading)
+        self._num_sent = layer + 1
 
     def _send(self, layer: int, span: Span, reading: Reading) -> None:
         sequence, began_ns = span.sequence, time.time_ns()

@@ -221,12 +221,14 @@ class Requests:
             sequence.started_ns = time.time_ns()
             self.scheduler.start_decode(sequence)
 
-    def layer_sender(self, plan: Plan) -> LayerSender:
-        """The `on_layer` hook of a step: every layer's new prompt rows leave as soon as it has run."""
+    def layer_sender(self, plan: Plan, is_whole: Callable[[], bool]) -> LayerSender:
+        """The `on_layer` hook of a step: every layer's new prompt rows leave as soon as it has run.
+
+        `is_whole`: whether the pass that runs has lost no rows so far.
+        """
         bound = [(chunk, link) for chunk in plan if not chunk.absorbed and (link := self.kv_link(chunk.sequence))]
         spans = [span for chunk, link in bound for span in take_spans(chunk.sequence, link, chunk.start + chunk.num)]
-        self._sender.finish()
-        self._sender = LayerSender(self._memory, spans, self.kv_checksums)
+        self._sender = LayerSender(self._memory, spans, self.kv_checksums, is_whole)
         return self._sender
 
     def hand_over_ready(self, plan: Plan) -> None:

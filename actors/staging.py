@@ -32,6 +32,7 @@ class StagedExperts:
 
     has_waits = True
     may_redo = False
+    is_whole = True
     can_be_noted = False
 
     def __init__(self, remote: RemoteExperts, ops: Ops) -> None:

@@ -5,6 +5,8 @@ Pinned memory comes from torch's pool, which gives none of it away before the co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +43,28 @@ def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
+class Aside:
+    """A stream for copies that shall not hold up what is asked of the device next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def after_what_was_asked(self) -> Iterator[None]:
+        """What is asked of the device inside begins when all that was asked of its current stream before is done."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+
 def recorded(device: torch.device) -> torch.cuda.Event | None:
-    """An event after all that has been asked of a GPU so far."""
+    """An event after all that has been asked of a GPU's current stream so far."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -128,6 +128,7 @@ class ScriptedExperts:
     def __init__(self) -> None:
         self.has_waits = False
         self.may_redo = False
+        self.is_whole = True  # until a pass loses rows
         self.num_losses = 0  # passes to come that lose rows
         self.failed: dict[int, str] = {}
 
@@ -137,6 +138,7 @@ class ScriptedExperts:
 
     def is_settled(self) -> bool:
         self.num_losses -= 1
+        self.is_whole = True
         return self.num_losses < 0
 
     def end_step(self) -> None:

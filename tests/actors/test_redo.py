@@ -1,4 +1,4 @@
-"""A pass that lost rows on the way is run again, and nothing of it leaves before (DESIGN law 4)."""
+"""A pass that lost rows on the way is run again, and nothing that the loss has spoilt leaves (DESIGN law 4)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from braid.model.sampling_params import SamplingParams
 TEN = SamplingParams(max_tokens=10, temperature=0.0)
 
 
+NUM_LAYERS = CONFIG.num_hidden_layers
+
+
+@pytest.mark.parametrize("first_spoilt", range(NUM_LAYERS + 1))
 @pytest.mark.parametrize("num_losses", [0, 1, 3])
-def test_lost_passes_leave_no_trace(num_losses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_passes_leave_no_trace(num_losses: int, first_spoilt: int, monkeypatch: pytest.MonkeyPatch) -> None:
     front, a, b = Front(), Worker("a"), Worker("b")
     for worker in (a, b):
         connect(worker, front)
@@ -23,9 +27,20 @@ def test_lost_passes_leave_no_trace(num_losses: int, monkeypatch: pytest.MonkeyP
     forward = ScriptedModel.forward
 
     def lossy(model: ScriptedModel, batch: Any, on_layer: Any = None, micro_batches: int = 1) -> Any:
-        output = forward(model, batch, on_layer, micro_batches)
         worker = a if model is a.model else b
-        if worker.experts.num_losses > 0:
+        is_lost = worker.experts.num_losses > 0
+
+        def tell(layer: int) -> None:
+            if is_lost and layer >= first_spoilt:
+                worker.experts.is_whole = False
+                for segment in batch.segments:
+                    rows = model._rows(layer, segment.block_table, segment.start + segment.num)
+                    rows[segment.start :] = torch.nan
+                    model._put(layer, segment.block_table, rows)
+            on_layer(layer)
+
+        output = forward(model, batch, tell, micro_batches)
+        if is_lost:
             output.logits.fill_(torch.nan)
         passes.append(worker)
         return output

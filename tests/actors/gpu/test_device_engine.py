@@ -8,8 +8,9 @@ from typing import cast
 from scripted_engines import CONFIG, EOS, Front, Worker, connect, token_at
 
 from braid.actors.engine import Engine
+from braid.actors.kv_transfer import LayerSender
 from braid.actors.scheduler import Plan
-from braid.model.deepseek import Batch, DeepSeekModel, ForwardOutput, OnLayer
+from braid.model.deepseek import Batch, DeepSeekModel, ForwardOutput
 from braid.model.device_sampler import DeviceSampler
 from braid.model.sampler import RowSampler
 from braid.model.sampling_params import SamplingParams
@@ -33,7 +34,7 @@ Told = tuple[dict[int, int], list[str], list[dict[str, str]], int]  # tokens, fi
 class DeviceEngine(Engine):
     """As on a GPU."""
 
-    def _forward(self, plan: Plan, batch: Batch, on_layer: OnLayer, count: int) -> tuple[ForwardOutput, RowSampler]:
+    def _forward(self, plan: Plan, batch: Batch, on_layer: LayerSender, count: int) -> tuple[ForwardOutput, RowSampler]:
         output, _ = super()._forward(plan, batch, on_layer, count)
         return output, DeviceSampler(output.logits, self._asks(plan))
 

@@ -133,10 +133,14 @@ def test_a_silent_worker_is_given_up_and_what_it_answers_later_is_not_read(
     attention.set_map(EXPERTS.map(NAMES[:1], 1, 2))
     device = attention.experts
     device.phase = 0
-    assert not device.collect(device.dispatch(LAYER, x, ids)).any()
+    handle = device.dispatch(LAYER, x, ids)
+    assert device.is_whole
+    assert not device.collect(handle).any()
+    assert not device.is_whole
     late = attention.peers[0]
     attention.set_map(EXPERTS.map(NAMES, 2, 3))
     assert "did not answer" in str(attention.links[NAMES[0]].closed)
+    assert device.is_whole
     device._polls = FOREVER
     experts[0].signal(signal.SIGCONT)
     for _ in range(3):
