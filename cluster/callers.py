@@ -1,4 +1,4 @@
-"""Who asks, as far as turns at the queue go: one API key of several, else the user that the request names."""
+"""API keys, and who asks, as far as turns at the queue go: one key of several, else the user that the request names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import hashlib
 from collections.abc import Collection
 
 MAX_USER = 64  # characters that tell users apart
+
+
+def api_keys_in(text: str) -> tuple[str, ...]:
+    """One key a line; blank lines and lines that begin with # are no keys."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
 
 
 def caller_of(authorization: str, api_keys: Collection[str], user: str) -> str:

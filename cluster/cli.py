@@ -107,7 +107,7 @@ def _add_talk(commands: Any) -> None:
     for command in (generate, chat):
         command.add_argument("--name", default=DEFAULT_NAME)
         command.add_argument("--target", metavar="HOST:PORT", help="a gRPC endpoint; default: the named cluster's")
-        command.add_argument("--api-key-file", type=Path, metavar="FILE", help="its first line is sent as the key")
+        command.add_argument("--api-key-file", type=Path, metavar="FILE", help="its first key is sent")
         command.add_argument("--max-tokens", type=int)
         command.add_argument("--temperature", type=float)
         command.add_argument("--top-p", type=float)
@@ -233,11 +233,19 @@ def _line(args: argparse.Namespace) -> Line:
     from .registry import Registry
     from .talk import Line
 
-    key = args.api_key_file.read_text().split("\n")[0].strip() if args.api_key_file else None
+    key = _first_key(args.api_key_file) if args.api_key_file else None
     if args.target:
         return Line(args.target, key)
     record = Registry().get(args.name)
     return Line(f"{reachable(record.host)}:{record.grpc_port}", key)
+
+
+def _first_key(file: Path) -> str:
+    from .callers import api_keys_in
+
+    for key in api_keys_in(file.read_text()):
+        return key
+    raise SpecError(f"--api-key-file: {file} holds no key: put one on a line of its own")
 
 
 def _sampling(args: argparse.Namespace) -> pb.Sampling:

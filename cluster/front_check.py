@@ -35,7 +35,7 @@ async def check_grpc(actor: Any, settings: ControllerSettings) -> dict[str, Any]
         load: dict[str, Any] = await asyncio.wait_for(actor.load.remote(), TIMEOUT_S)
     except Exception as error:  # Ray's many ways of saying that an actor is gone
         return {"ready": False, "reason": f"{type(error).__name__}: its process does not answer"}
-    return load
+    return load if load["ready"] else {"reason": "it is linked with no worker for prompts, or none to decode", **load}
 
 
 def reachable(host: str) -> str:

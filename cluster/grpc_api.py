@@ -127,12 +127,12 @@ class _Braid:
         self.api_keys = api_keys
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Generate reads its bytes itself: gRPC would answer UNKNOWN to bytes that are no GenerateRequest."""
+        """Both take bytes: gRPC would answer UNKNOWN to those that are no message. GetModelInfo's say nothing."""
         generate: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
             self.generate, response_serializer=pb.GenerateResponse.SerializeToString
         )
         get_model_info: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
-            self.get_model_info, pb.GetModelInfoRequest.FromString, pb.ModelInfo.SerializeToString
+            self.get_model_info, response_serializer=pb.ModelInfo.SerializeToString
         )
         handlers = {"Generate": generate, "GetModelInfo": get_model_info}
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
@@ -150,7 +150,7 @@ class _Braid:
         except RequestRefused as refused:
             await _refuse(context, refused)
 
-    async def get_model_info(self, wire: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
+    async def get_model_info(self, message: bytes, context: Context) -> pb.ModelInfo:
         return write_info(self.info)
 
 

@@ -61,6 +61,8 @@ async def _prompt_ids(wire: pb.GenerateRequest, tokenizer: Tokenizer) -> tuple[i
         text = wire.text
     elif kind == "messages":
         messages = [{"role": message.role, "content": message.content} for message in wire.messages.messages]
+        if not messages:
+            raise ValueError("messages is empty: send at least one message")
         text = tokenizer.render(messages)
     else:
         raise ValueError("the request has no input: set text, messages or token_ids")

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,6 +28,7 @@ from .sse import ClientGone, EventStream, dump, unless_disconnected
 
 BODY_TIMEOUT_S = 60.0
 LARGE_BODY = 32 * 1024  # from here on a body is read and tokenized beside the event loop
+READ = ["GET", "HEAD"]
 TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
 
 
@@ -57,24 +59,24 @@ def build_app(
 def _add_status_routes(
     app: FastAPI, front: Callable[[], Front], info: ModelInfo, metrics: Callable[[], Awaitable[bytes]]
 ) -> None:
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
         return _json({"object": "list", "data": [model_card(info)]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def model(name: str) -> Response:
         if name != info.name:
             message = f"the model {name!r:.120} does not exist: this server has {info.name!r}"
             raise ApiError(message, "model", status=404, code="model_not_found")
         return _json(model_card(info))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         if not front().ready:
             raise RequestRefused("unavailable", "not ready: the cluster is starting, or has lost its workers", 1.0)
         return _json({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def exposition() -> Response:
         return Response(await metrics(), headers={"content-type": CONTENT_TYPE})
 
@@ -165,7 +167,7 @@ class ApiKeys:
         await Response(dump(body), 401, headers, "application/json")(scope, receive, send)
 
     def _is_known(self, scope: Scope) -> bool:
-        sent = dict(scope["headers"]).get(b"authorization", b"")
+        sent = Headers(scope=scope).get("authorization", "").encode("latin-1")  # of several, the one `caller_of` gets
         scheme, _, key = sent.partition(b" ")
         # all keys are compared, each in constant time: the answer's timing tells nothing
         matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]

@@ -52,10 +52,8 @@ def _completion(body: CompletionBody, tokenizer: Tokenizer, info: ModelInfo, cal
         for given in body.prompts()
     ]
     scored = body.logprobs if body.logprobs is not None or body.max_tokens else 0
-    settings = [
-        _params(body, info, prompt, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs, scored if echo else None)
-        for prompt in prompts
-    ]
+    lengths = [_max_tokens("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, prompt, info) for prompt in prompts]
+    settings = [_params(body, max_tokens, body.logprobs, scored if echo else None) for max_tokens in lengths]
     wishes = Wishes(body.logprobs, echo, bool(body.return_token_ids), bool(body.return_tokens_as_token_ids))
     shape = CompletionShape(tokenizer, prompts, body.n or 1, wishes)
     return _exchange(body, info, call, shape, prompts, settings)
@@ -68,8 +66,11 @@ def _chat(body: ChatBody, tokenizer: Tokenizer, info: ModelInfo, call: Call) -> 
     except ValueError as error:
         raise ApiError(str(error), "messages") from error
     prompt = _text_prompt(text, tokenizer, bool(body.add_special_tokens), "messages")
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    settings = _params(body, info, prompt, asked, info.max_model_len, num_top, None)
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    asked = getattr(body, name)
+    if asked is not None and asked < 1:
+        raise ApiError(f"{name} is {asked}: use 1 or more", name)
+    settings = _params(body, _max_tokens(name, asked, info.max_model_len, prompt, info), num_top, None)
     wishes = Wishes(num_top, False, bool(body.return_token_ids), bool(body.return_tokens_as_token_ids))
     shape = ChatShape(tokenizer, prompt, body.n or 1, wishes)
     return _exchange(body, info, call, shape, [prompt], [settings])
@@ -94,16 +95,7 @@ def _id_prompt(ids: list[int], tokenizer: Tokenizer, info: ModelInfo) -> Prompt:
     return Prompt(tokenizer.decode(ids[num_hidden:], skip_special_tokens=False), tuple(ids), num_hidden)
 
 
-def _params(
-    body: Body,
-    info: ModelInfo,
-    prompt: Prompt,
-    asked: int | None,
-    default: int,
-    logprobs: int | None,
-    prompt_logprobs: int | None,
-) -> SamplingParams:
-    max_tokens = _max_tokens(asked, default, len(prompt.ids), info.max_model_len)
+def _params(body: Body, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=_or(body.temperature, 1.0),
@@ -124,15 +116,16 @@ def _params(
     return params
 
 
-def _max_tokens(asked: int | None, default: int, num_prompt: int, context: int) -> int:
-    """Names the figures when they do not fit; a default gives way instead."""
+def _max_tokens(name: str, asked: int | None, default: int, prompt: Prompt, info: ModelInfo) -> int:
+    """Names the figures when they do not fit; a default gives way instead. `name`: the field that was asked by."""
+    num_prompt, context = len(prompt.ids), info.max_model_len
     room = context - num_prompt
     wanted = min(default, room) if asked is None else asked
     if wanted <= room and (asked is not None or room > 0):
         return wanted
-    param = "max_tokens" if asked is not None and room >= 0 else "prompt"
+    param = name if asked is not None and room >= 0 else "prompt"
     fault = f"the prompt has {num_prompt} tokens"
-    fault += f" and max_tokens is {wanted}: use at most {room}" if param == "max_tokens" else ": shorten it"
+    fault += f" and {name} is {wanted}: use at most {room}" if param == name else ": shorten it"
     message = f"this model's context is {context} tokens, but {fault}"
     raise ApiError(message, param, code="context_length_exceeded")
 

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..model.sampling_params import MAX_LOGPROBS
 from .http_errors import ApiError, schema_error
+from .request import MAX_STOPS
 
 MAX_CHOICES = 2048  # prompts times n, of one request
-MAX_STOPS = 16
 
 # Fields that other servers know and this one does not, with the values that ask for nothing. Other values are refused:
 # to ignore them would change what the caller gets. Fields nobody knows are ignored, as clients expect.
@@ -189,6 +189,8 @@ def _prompt(given: Any, place: int) -> str | list[int]:
 def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise ApiError(f"{where}.role is {message.get('role')!r:.80}: use a string such as 'user'", f"{where}.role")
+    if message["role"] == "developer":  # OpenAI's newer word for it; templates know the older one and drop others
+        message = {**message, "role": "system"}
     content = message.get("content")
     if isinstance(content, str) or (content is None and message["role"] == "assistant"):
         return message

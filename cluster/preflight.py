@@ -12,6 +12,7 @@ import psutil
 from ..model.config import ModelConfig
 from ..model.licences import find_licences
 from ..model.tokenizer import Tokenizer
+from .callers import api_keys_in
 from .controller_settings import ModelFacts
 from .errors import SpecError
 from .local_gpus import LocalGpus
@@ -122,11 +123,9 @@ def read_secret(spec: ClusterSpec) -> bytes:
 
 
 def read_api_keys(spec: ClusterSpec) -> tuple[str, ...]:
-    """One key a line; blank lines and lines that begin with # are no keys."""
     if spec.security.api_key_file is None:
         return ()
-    lines = _read("security.api_key_file", spec.security.api_key_file).decode("utf-8", "replace").splitlines()
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    keys = api_keys_in(_read("security.api_key_file", spec.security.api_key_file).decode("utf-8", "replace"))
     if not keys:
         raise SpecError(
             f"security.api_key_file: {spec.security.api_key_file} holds no key, so nobody could ask anything"

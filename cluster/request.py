@@ -13,6 +13,7 @@ RefusalCode = Literal["invalid", "busy", "unavailable", "deadline", "not_found",
 
 Operation = Literal["text_completion", "chat"]
 
+MAX_STOPS = 16  # every token's text is held against each of them
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
 
@@ -134,5 +135,7 @@ def check_request(request: GenerateRequest, settings: FrontEndSettings) -> None:
             raise ValueError(f"token id {token_id} in the prompt: use 0 to {settings.vocab_size - 1}")
     if not MIN_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise ValueError(f"priority is {request.priority}: use {MIN_PRIORITY} to {MAX_PRIORITY}, lower is sooner")
+    if len(request.stop) > MAX_STOPS:
+        raise ValueError(f"stop has {len(request.stop)} strings: use at most {MAX_STOPS}")
     if "" in request.stop:
         raise ValueError("stop contains an empty string: leave it out")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from braid.cluster.cli import main
+from braid.cluster.cli import _first_key, main
+from braid.cluster.errors import SpecError
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,16 @@ def test_one_line_and_a_code(arguments: list[str], code: int, message: str, caps
     assert told.startswith("braid: ")
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_the_first_key_of_a_file_is_sent(tmp_path: Path) -> None:
+    """The file may be the server's own, comments and all."""
+    keys = tmp_path / "keys"
+    keys.write_text("# of the operators\n\n  sk-one \nsk-two\n")
+    assert _first_key(keys) == "sk-one"
+    keys.write_text("# none yet\n")
+    with pytest.raises(SpecError, match="keys holds no key"):
+        _first_key(keys)
 
 
 def test_a_mistake_in_the_spec_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

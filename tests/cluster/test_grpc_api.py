@@ -155,6 +155,8 @@ def test_a_caller_that_goes_frees_the_blocks(run_dir: Path, byte_tokenizer: Toke
     [
         (pb.GenerateRequest(), "INVALID_ARGUMENT", "set text, messages or token_ids"),
         (say(""), "INVALID_ARGUMENT", "prompt is empty"),
+        (pb.GenerateRequest(messages=pb.Messages()), "INVALID_ARGUMENT", "messages is empty"),
+        (pb.GenerateRequest(text="x", sampling=pb.Sampling(stop=["x"] * 17)), "INVALID_ARGUMENT", "use at most 16"),
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[257])), "INVALID_ARGUMENT", "token id 257"),
         (pb.GenerateRequest(text="x", sampling=pb.Sampling(temperature=-1)), "INVALID_ARGUMENT", "temperature is -1.0"),
         (pb.GenerateRequest(text="x", sampling=pb.Sampling(max_tokens=0)), "INVALID_ARGUMENT", "max_tokens is 0"),
@@ -187,6 +189,8 @@ def test_bytes_that_are_no_request(byte_tokenizer: Tokenizer, message: bytes, to
             error = await refusal(generate(message))
             assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert told in (error.details() or "")
+            ask: Any = channel.unary_unary(f"/{SERVICE}/GetModelInfo", response_deserializer=pb.ModelInfo.FromString)
+            assert (await ask(message)).name == "tiny", "nothing of the question is read, so nothing can be wrong"
 
     run(scenario())
 

@@ -112,6 +112,13 @@ def test_metrics_are_handed_through(url: str) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
 
 
+@pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{MODEL}", "/health", "/metrics"])
+def test_what_can_be_read_can_be_probed(url: str, path: str) -> None:
+    read, probed = httpx.get(url + path), httpx.head(url + path)
+    assert (probed.status_code, probed.content) == (200, b"")
+    assert probed.headers["content-length"] == str(len(read.content))
+
+
 # ---- completions
 
 
@@ -322,6 +329,12 @@ def test_chat_renders_encodes_and_answers(client: openai.OpenAI, front: Scripted
     assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
 
 
+def test_a_developer_s_message_is_the_system_s(front: ScriptedFront, url: str) -> None:
+    messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": "u"}]
+    post(url, "chat/completions", messages=messages, max_tokens=1)
+    assert front.tokenizer.decode(front.seen[0].prompt_ids) == "<system>s<user>u<a>"
+
+
 def test_chat_streams_what_it_answers(client: openai.OpenAI, front: ScriptedFront) -> None:
     front.reply = lambda request: f"日本語 😀 {request.params.seed}"
     asked: dict[str, Any] = {
@@ -419,6 +432,8 @@ def test_keys_guard_v1_alone(tokenizer: Tokenizer) -> None:
                 f"{url}/v1/completions", json={"prompt": "hi"}, headers={b"authorization": key}
             ).is_success
         assert len({request.caller for request in front.seen}) == 2  # they take turns
+        twice = [("authorization", "Bearer invented"), ("authorization", "Bearer first")]
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "hi"}, headers=twice).status_code == 401
         assert httpx.get(f"{url}/v1/nothing").status_code == 401
         assert httpx.get(f"{url}/health").status_code == 200
         with openai.OpenAI(base_url=f"{url}/v1", api_key="no") as client, pytest.raises(openai.AuthenticationError):

@@ -135,7 +135,9 @@ def test_a_bad_completion_names_field_value_and_remedy(
         ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs", "use 0 to 20"),
         ({"messages": [USER], "logprobs": 2}, "logprobs", "logprobs is 2"),
         ({"messages": [USER], "tools": [{"type": "function"}]}, "tools", "tools is not supported"),
-        ({"messages": [USER], "max_completion_tokens": 60}, "max_tokens", "use at most 49"),
+        ({"messages": [USER], "max_tokens": 60}, "max_tokens", "max_tokens is 60: use at most 49"),
+        ({"messages": [USER], "max_completion_tokens": 60}, "max_completion_tokens", "tokens is 60: use at most 49"),
+        ({"messages": [USER], "max_completion_tokens": 0}, "max_completion_tokens", "tokens is 0: use 1 or more"),
         ({"messages": [USER], "max_tokens": 0}, "max_tokens", "max_tokens is 0"),
     ],
 )
