@@ -37,7 +37,7 @@ class MicroBatch:
         first_row: int = 0,
     ) -> MicroBatch:
         """With everything but `rows.x`."""
-        plan = plan_attention(segments, config.latent_dim, ops, buffers)
+        plan = plan_attention(segments, config.num_attention_heads, config.latent_dim, ops, buffers)
         if plan.shape is not None:
             buffers.absorbed(plan.shape[0])  # its memory must not move while calls are noted
         rows = buffers.rows(len(plan.positions))

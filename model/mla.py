@@ -57,11 +57,11 @@ class AttentionPlan:
 
 
 def plan_attention(
-    segments: Sequence[Segment], latent_dim: int, ops: Ops, buffers: StepBuffers | None = None
+    segments: Sequence[Segment], num_heads: int, latent_dim: int, ops: Ops, buffers: StepBuffers | None = None
 ) -> AttentionPlan:
     segments = [segment for segment in segments if segment.num]
     if buffers is not None and segments and all(segment.absorbed for segment in segments):
-        return _plan_absorbed(segments, latent_dim, ops, buffers)
+        return _plan_absorbed(segments, num_heads, latent_dim, ops, buffers)
     tables = _tables(segments)
     nums = np.array([segment.num for segment in segments], dtype=np.int64)
     ends = nums.cumsum()
@@ -75,7 +75,8 @@ def plan_attention(
         rows = slice(int(ends[first - 1]) if first else 0, int(ends[last - 1]))
         if absorbed:
             own_tables = on_device(torch.from_numpy(tables[segment_of_row[rows]]), ops.device)
-            plan = ops.plan_decode(positions_there[rows], own_tables, latent_dim)
+            firsts = on_device(torch.from_numpy((ends - nums)[segment_of_row[rows]] - rows.start), ops.device)
+            plan = ops.plan_decode(positions_there[rows], own_tables, firsts, num_heads, latent_dim)
         else:
             table = on_device(torch.from_numpy(tables[first]), ops.device)
             plan = ops.plan_prefill(segments[first].start, segments[first].num, table)
@@ -84,25 +85,28 @@ def plan_attention(
     return AttentionPlan(positions_there, on_device(torch.from_numpy(slots), ops.device), tuple(runs))
 
 
-def _plan_absorbed(segments: Sequence[Segment], latent_dim: int, ops: Ops, buffers: StepBuffers) -> AttentionPlan:
+def _plan_absorbed(
+    segments: Sequence[Segment], num_heads: int, latent_dim: int, ops: Ops, buffers: StepBuffers
+) -> AttentionPlan:
     """Few rows, in every decode step: written one by one into memory that stays, which is quicker than whole arrays."""
     num_rows = sum(segment.num for segment in segments)
     fixed = buffers.decode_inputs(num_rows, max(blocks_for(segment.start + segment.num) for segment in segments))
     host, there = fixed.written, fixed.read
     positions, slots, tables = host.positions.numpy(), host.slots.numpy(), host.block_tables.numpy()
-    row = 0
+    firsts, row = host.firsts.numpy(), 0
     for segment in segments:
         table, end = segment.block_table, segment.start + segment.num
         width = blocks_for(end)
         assert len(table) >= width, f"{len(table)} blocks do not reach position {end - 1}"
         tables[row : row + segment.num, :width] = table[:width]
+        firsts[row : row + segment.num] = row
         for position in range(segment.start, end):
             positions[row] = position
             slots[row] = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             row += 1
     if there is not host:
         send(host.numbers, there.numbers)
-    plan = ops.plan_decode(there.positions, there.block_tables, latent_dim, fixed.plan)
+    plan = ops.plan_decode(there.positions, there.block_tables, there.firsts, num_heads, latent_dim, fixed.plan)
     if there is not host:
         fixed.plan = plan
     run = Run(slice(0, num_rows), True, plan)

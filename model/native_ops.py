@@ -122,7 +122,13 @@ class NativeOps:
         native_rows.write_latents(latent, norm_weight, eps, cos, sin, slots, cache_layer, interleaved)
 
     def plan_decode(
-        self, positions: Tensor, block_tables: Tensor, latent_dim: int, before: DecodePlan | None = None
+        self,
+        positions: Tensor,
+        block_tables: Tensor,
+        firsts: Tensor,
+        num_heads: int,
+        latent_dim: int,
+        before: DecodePlan | None = None,
     ) -> DecodePlan:
         return DecodePlan(positions, block_tables)
 

@@ -142,9 +142,18 @@ class Ops(Protocol):
         """latent: [M, kv_lora + d_rope]; norms the one part, turns the other, puts both at slots int64 [M]."""
         ...
 
-    def plan_decode(self, positions: Tensor, block_tables: Tensor, latent_dim: int, before: Any = None) -> Any:
+    def plan_decode(
+        self,
+        positions: Tensor,
+        block_tables: Tensor,
+        firsts: Tensor,
+        num_heads: int,
+        latent_dim: int,
+        before: Any = None,
+    ) -> Any:
         """positions: int64 [R], block_tables: int64 [R, width], filled up with any block -> what mla_decode takes.
 
+        `firsts`: int64 [R], of each row the first of those whose consecutive positions of one sequence lead to it.
         `before`: what it returned for the same memory when that held something else.
         """
         ...

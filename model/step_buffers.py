@@ -55,12 +55,14 @@ class DecodeNumbers:
     numbers: Tensor  # int64, all of the following, one behind the other
     positions: Tensor  # [N]
     slots: Tensor  # [N]
+    firsts: Tensor  # [N]
     block_tables: Tensor  # [N, width]
 
     @classmethod
     def of(cls, num: int, width: int, device: torch.device | None = None) -> DecodeNumbers:
-        numbers = torch.zeros(num * (2 + width), dtype=torch.int64, device=device)
-        return cls(numbers, numbers[:num], numbers[num : 2 * num], numbers[2 * num :].view(num, width))
+        numbers = torch.zeros(num * (3 + width), dtype=torch.int64, device=device)
+        positions, slots, firsts = numbers[: 3 * num].view(3, num)
+        return cls(numbers, positions, slots, firsts, numbers[3 * num :].view(num, width))
 
 
 @dataclass(slots=True)

@@ -114,7 +114,13 @@ class TorchOps:
         cache_layer.flatten(0, 1).index_copy_(0, slots, torch.cat((kv, k_rope), dim=-1))
 
     def plan_decode(
-        self, positions: Tensor, block_tables: Tensor, latent_dim: int, before: DecodePlan | None = None
+        self,
+        positions: Tensor,
+        block_tables: Tensor,
+        firsts: Tensor,
+        num_heads: int,
+        latent_dim: int,
+        before: DecodePlan | None = None,
     ) -> DecodePlan:
         return attention.plan_decode(positions.tolist(), block_tables.tolist(), BLOCK_SIZE, latent_dim)
 

@@ -194,10 +194,16 @@ class TritonOps:
         write_latents(latent, norm_weight, eps, cos, sin, slots, cache_layer, interleaved)
 
     def plan_decode(
-        self, positions: Tensor, block_tables: Tensor, latent_dim: int, before: DecodePlan | None = None
+        self,
+        positions: Tensor,
+        block_tables: Tensor,
+        firsts: Tensor,
+        num_heads: int,
+        latent_dim: int,
+        before: DecodePlan | None = None,
     ) -> DecodePlan:
         if before is None:
-            return attention_decode.plan_decode(positions, block_tables, BLOCK_SIZE)
+            return attention_decode.plan_decode(positions, block_tables, BLOCK_SIZE, num_heads, firsts)
         attention_decode.refresh(before)
         return before
 

@@ -131,7 +131,8 @@ def _decode(draw: Draw, config: ModelConfig, sequences: int, context: int, num_h
     q = draw.normal(sequences * queries, num_heads, config.latent_dim)
     newest = torch.arange(context - queries, context, device=draw.device)
     positions, row_tables = newest.repeat(sequences), tables.repeat_interleave(queries, 0)
-    plan = attention_decode.plan_decode(positions, row_tables, BLOCK_SIZE, queries)
+    firsts = torch.arange(0, len(positions), queries, device=draw.device).repeat_interleave(queries)
+    plan = attention_decode.plan_decode(positions, row_tables, BLOCK_SIZE, num_heads, firsts)
 
     def expected() -> Tensor:
         outs = []

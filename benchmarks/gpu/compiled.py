@@ -48,8 +48,8 @@ def cases(config: ModelConfig) -> Iterator[Case]:
         yield from cases_attention.row_cases(config, rows)
         for held in (8, 32):
             yield from cases_experts.cases(config, rows, min(held, config.n_routed_experts or held))
-    for heads in {config.num_attention_heads, 16}:
-        for queries in (1, 2, 4):
+    for heads in {config.num_attention_heads, 64, 32, 16}:
+        for queries in (1, 2, 3):
             yield cases_attention.decode_case(config, 32, 4096, heads, queries)
     yield cases_attention.prefill_case(config, 4096)
     yield cases_attention.prefill_case(config, 512, 2048)

@@ -33,6 +33,7 @@ from .sizes import BLOCK_SIZE
 
 Part = Callable[[slice], Tensor]
 TILES = (16, 32, 64)
+FEW_HEADS = 16  # as many as leave lanes of a tile to other rows of the sequence
 
 
 def probe(setting: Setting) -> Iterator[Row]:
@@ -46,7 +47,8 @@ def probe(setting: Setting) -> Iterator[Row]:
         "combine": _combine,
         "experts fp8: rows and tiles": _experts_fp8,
         "experts bf16: rows and tiles": _experts_bf16,
-        "MLA decode: batch, queries, blocks": _decode,
+        "MLA decode: batch, rows a sequence, blocks": _decode,
+        "MLA decode of few heads: batch, rows a sequence, blocks": partial(_decode, heads=FEW_HEADS),
         "MLA prefill: chunks": _prefill,
         "bit classes of the fp8 product": _bit_classes,
     }
@@ -169,27 +171,32 @@ def _compared_in_tiles(rows: int, rows_of: Callable[[slice, int], Tensor]) -> Ro
     return {"passed": not differing, "differing": differing, "parts": sum(row["parts"] for row in found)}
 
 
-def _decode(setting: Setting) -> Row:
-    """Every second row alone; two rows a sequence together; the same cache in other blocks."""
-    config, draw = setting.config, setting.draw
-    rank, heads, scale = config.kv_lora_rank, config.num_attention_heads, config.softmax_scale
-    sequences, context = (6, 3000) if setting.is_full_size else (2, 70)
-    cache, tables = cached(draw, config, sequences, context)
-    q, device = draw.normal(2 * sequences, heads, config.latent_dim), setting.device
-    last = torch.arange(context - 2 * sequences, context, device=device)
-    positions, row_tables = last, tables.repeat_interleave(2, 0)
+def _decode(setting: Setting, heads: int | None = None) -> Row:
+    """Rows alone; one to four rows of a sequence together, some across a split's end; the cache in other blocks."""
+    config, draw, device = setting.config, setting.draw, setting.device
+    rank, heads, scale = config.kv_lora_rank, heads or config.num_attention_heads, config.softmax_scale
+    nums, context = ((1, 2, 3, 4, 2), 3000) if setting.is_full_size else ((1, 3), 70)
+    cache, tables = cached(draw, config, len(nums), context)
+    each = torch.tensor(nums, device=device)
+    row_tables, firsts = tables.repeat_interleave(each, 0), (each.cumsum(0) - each).repeat_interleave(each)
+    num_rows = sum(nums)
+    ends = torch.tensor([2 * attention_decode.SPLIT if num % 2 == 0 else context for num in nums], device=device)
+    begins = (ends - each // 2).minimum(context - each)
+    positions = begins.repeat_interleave(each) + torch.arange(num_rows, device=device) - firsts
+    q = draw.normal(num_rows, heads, config.latent_dim)
 
-    def attended(rows: slice, cache: Tensor, row_tables: Tensor, queries: int = 1) -> Tensor:
-        plan = attention_decode.plan_decode(positions[rows], row_tables[rows], BLOCK_SIZE, queries)
+    def attended(rows: slice, cache: Tensor, row_tables: Tensor, shares: bool = False) -> Tensor:
+        own = (firsts[rows] - rows.start).clamp(min=0) if shares else None
+        plan = attention_decode.plan_decode(positions[rows], row_tables[rows], BLOCK_SIZE, heads, own)
         return attention_decode.mla_decode(q[rows], cache, plan, scale, rank)
 
-    every = slice(0, 2 * sequences)
+    every = slice(0, num_rows)
     whole = attended(every, cache, row_tables)
-    row = _compared(whole, lambda part: attended(part, cache, row_tables))
+    row = _compared(whole, lambda part: attended(part, cache, row_tables, shares=True))
     order = torch.randperm(len(cache), device=device)
     moved, moved_tables = torch.empty_like(cache), order[row_tables]
     moved[order] = cache
-    others = {"queries": attended(every, cache, row_tables, 2), "blocks": attended(every, moved, moved_tables)}
+    others = {"together": attended(every, cache, row_tables, True), "blocks": attended(every, moved, moved_tables)}
     differing = row["differing"] + [name for name, out in others.items() if not _same(whole, out)]
     return {"passed": not differing, "differing": differing, "parts": row["parts"] + len(others)}
 

@@ -94,7 +94,7 @@ class _AttentionLayer:
         self.cache, tables = cached(draw, config, batch, context)
         positions = torch.full((batch,), context - 1, device=draw.device)
         self.slots = tables[:, -1] * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
-        self.plan = attention_decode.plan_decode(positions, tables, BLOCK_SIZE)
+        self.plan = attention_decode.plan_decode(positions, tables, BLOCK_SIZE, num_heads)
         self.rows = draw.normal(batch, config.num_experts_per_tok, hidden)
 
     def run(self) -> Tensor:

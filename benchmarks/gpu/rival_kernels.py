@@ -165,7 +165,7 @@ def _decode(draw: Draw, sequences: int, context: int, prepare: Prepared) -> Pair
         cache, tables = cached(draw, V3, sequences, context)
         q = draw.normal(sequences, HEADS, WIDTH)
         plan = attention_decode.plan_decode(
-            torch.full((sequences,), context - 1, device=draw.device), tables, BLOCK_SIZE
+            torch.full((sequences,), context - 1, device=draw.device), tables, BLOCK_SIZE, HEADS
         )
         lengths = torch.full((sequences,), context, dtype=torch.int32, device=draw.device)
         theirs = prepare(q, cache, tables, lengths)

@@ -31,14 +31,17 @@ def cases(setting: Setting) -> Iterator[Case]:
     for held in (8, 32):
         for rows in (1, 32, 128, 512, 4096):
             yield cases_experts.grouped_case(config, rows, held)
-    for sequences, context, heads in (
-        (1, 4096, 128),
-        (32, 4096, 128),
-        (128, 8192, 128),
-        (128, 8192, 16),
-        (8, 131072, 16),
+    for sequences, context, heads, queries in (
+        (1, 4096, 128, 1),
+        (32, 4096, 128, 1),
+        (128, 8192, 128, 1),
+        (128, 8192, 16, 1),
+        (8, 131072, 16, 1),
+        (128, 8192, 16, 3),
+        (64, 8192, 64, 2),
+        (64, 8192, 128, 2),
     ):
-        yield cases_attention.decode_case(config, sequences, context, heads)
+        yield cases_attention.decode_case(config, sequences, context, heads, queries)
     yield cases_attention.prefill_case(config, 4096, expands=False)
     yield cases_attention.prefill_case(config, 4096)
     yield cases_attention.prefill_case(config, 2048, 8192)

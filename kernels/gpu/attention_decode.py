@@ -2,10 +2,12 @@
 
 Keys are visited in splits of a constant number of absolute positions, in ascending tiles; a second kernel merges the
 splits in ascending order. So a row's bits follow from its own position and its own cache, whoever else is in the batch
-(DESIGN law 5). Rows of one sequence that come together may share each tile: their heads lie side by side on wgmma's M.
+(DESIGN law 5). Where a model has few heads, consecutive rows of one sequence share a tile of keys: their heads lie side
+by side on wgmma's M. Where its heads fill a tile, tiles of the same keys follow one another, and meet in L2.
 
-Which program computes which split is a list in device memory: so a captured graph survives other lengths, and short
-rows cost nothing beside a long one; the programs that find nothing on the list are the last ones and end at once.
+Which program computes which split is a list in device memory: so a captured graph survives other lengths and other
+numbers of rows a sequence, and short rows cost nothing beside a long one; the programs that find nothing on the list
+are the last ones and end at once.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class DecodePart:
-    """`items`: int32 [1 + groups * splits]: how many there are, then group * splits + split of each."""
+    """`items`: int32 [1 + rows * splits]: how many there are, then first row of a tile * splits + split of each."""
 
     rows: slice
     items: Tensor
@@ -37,37 +39,55 @@ class DecodePart:
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """Made once a step, used by every layer. All of it stays where it is when `refresh` follows new positions."""
+    """Made once a step, used by every layer. All of it stays where it is when `refresh` follows new numbers."""
 
     positions: Tensor  # int64 [R]
     block_tables: Tensor  # int64 [R, width]
+    firsts: Tensor  # int64 [R]
     block_size: int
-    queries: int
+    num_heads: int
     splits: int
     parts: tuple[DecodePart, ...]
 
+    @property
+    def queries(self) -> int:
+        """Rows that a tile has lanes for. It follows from the model alone: so does the kernel that is compiled."""
+        return max(LANES // triton.next_power_of_2(self.num_heads), 1)
 
-@triton.jit(do_not_specialize=["R", "max_splits"])
+
+@triton.jit(do_not_specialize=["R", "begun", "max_splits"])
 def list_kernel(
-    position_ptr, item_ptr, R, max_splits,
+    position_ptr, first_ptr, item_ptr, R, begun, max_splits,
     QUERIES: tl.constexpr, SPLIT: tl.constexpr, SCAN: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """One program a group: its splits stand behind those of the groups before it. No atomics: the order is fixed."""
+    """One program a row lists the splits of the tile that begins there; no atomics: the order is fixed.
+
+    Sequence by sequence, then split by split, then tile by tile: those who read the same keys stand together. A tile
+    is listed for all splits of its sequence's last row; where it ends before one it finds nothing to do there.
+    """
     mine = tl.program_id(0)
+    first = tl.maximum(tl.load(first_ptr + mine) - begun, 0)
     before = 0
-    count = 0
-    for start in range(0, (mine + 1) * QUERIES, SCAN):
+    tiles = 0
+    splits = 0
+    for start in range(0, R, SCAN):
         row = start + tl.arange(0, SCAN)
-        last = tl.load(position_ptr + row, mask=row < R, other=-1).to(tl.int32)
-        group = start // QUERIES + tl.arange(0, SCAN // QUERIES)
-        counts = (tl.max(tl.reshape(last, (SCAN // QUERIES, QUERIES)), 1) + SPLIT) // SPLIT
-        before += tl.sum(tl.where(group < mine, counts, 0), 0)
-        count += tl.sum(tl.where(group == mine, counts, 0), 0)
-    for first_split in range(0, count, LISTED):
-        split = first_split + tl.arange(0, LISTED)
-        tl.store(item_ptr + 1 + before + split, mine * max_splits + split, mask=split < count)
-    if mine == tl.num_programs(0) - 1:
-        tl.store(item_ptr, before + count)
+        own = tl.maximum(tl.load(first_ptr + row, mask=row < R, other=0) - begun, 0)
+        next_first = tl.load(first_ptr + row + 1, mask=row + 1 < R, other=-1)
+        is_last = (row < R) & ((row + 1 == R) | (next_first != tl.load(first_ptr + row, mask=row < R, other=0)))
+        last = tl.load(position_ptr + row, mask=is_last, other=-1)
+        own_tiles = ((row - own) // QUERIES + 1).to(tl.int32)
+        own_splits = ((last + SPLIT) // SPLIT).to(tl.int32)
+        before += tl.sum(tl.where(is_last & (own < first), own_tiles * own_splits, 0), 0)
+        tiles += tl.sum(tl.where(is_last & (own == first), own_tiles, 0), 0)
+        splits += tl.sum(tl.where(is_last & (own == first), own_splits, 0), 0)
+    if (mine - first) % QUERIES == 0:
+        to = item_ptr + 1 + before + ((mine - first) // QUERIES).to(tl.int32)
+        for first_split in range(0, splits, LISTED):
+            split = first_split + tl.arange(0, LISTED)
+            tl.store(to + split * tiles, mine * max_splits + split, mask=split < splits)
+    if mine == R - 1:
+        tl.store(item_ptr, before + tiles * splits)
 
 
 @triton.jit
@@ -87,10 +107,10 @@ def attend_tile(q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest
     return new, total, sums
 
 
-@triton.jit(do_not_specialize=["num_slots", "table_row", "max_splits"])
+@triton.jit(do_not_specialize=["num_slots", "table_row", "max_splits", "R"])
 def split_kernel(
-    q_ptr, cache_ptr, table_ptr, position_ptr, item_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2, num_slots,
-    q_row, q_head, out_row, out_head, table_row, max_splits, H,
+    q_ptr, cache_ptr, table_ptr, position_ptr, first_ptr, item_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2,
+    num_slots, q_row, q_head, out_row, out_head, table_row, max_splits, R, H,
     QUERIES: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
     TILED: tl.constexpr,
@@ -105,16 +125,19 @@ def split_kernel(
     turn = tl.program_id(0)
     if turn < tl.load(item_ptr) * head_tiles:
         item = tl.load(item_ptr + 1 + turn // head_tiles)
-        first_row = item // max_splits * QUERIES
+        first_row = item // max_splits
         split = item % max_splits
         lane = tl.arange(0, LANES)
         row = first_row + lane // heads_each
         head = turn % head_tiles * heads_each + lane % heads_each
         inside = head < H
+        if QUERIES > 1:  # as many of the rows from the first one on as are of its sequence
+            first = tl.load(first_ptr + row, mask=row < R, other=-1)
+            inside = inside & (first == tl.load(first_ptr + first_row))
         last = tl.load(position_ptr + row, mask=inside, other=-1).to(tl.int32)
         longest = tl.max(last, 0)
         start = split * SPLIT
-        stop = tl.minimum(longest + 1, start + SPLIT)
+        stop = tl.maximum(tl.minimum(longest + 1, start + SPLIT), start)
         rank = tl.arange(0, RANK_BLOCK)
         rope = tl.arange(0, ROPE_BLOCK)
         width: tl.constexpr = RANK + ROPE
@@ -158,28 +181,27 @@ def split_kernel(
                 highest, total, sums = attend_tile(
                     q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest, total, sums
                 )
-        seen = inside & (last >= start)
+        seen = last >= start  # not where nobody is: there it is -1
         mask = seen[:, None] & (rank < RANK)[None, :]
         total = tl.where(seen, total, 1.0)
         sums = sums * (1.0 / total)[:, None]
-        if longest < SPLIT:  # nothing to merge
-            to = out_ptr + (row * out_row + head * out_head)[:, None] + rank[None, :]
-            tl.store(to, sums.to(out_ptr.dtype.element_ty), mask=mask)
-        else:
+        to = out_ptr + (row * out_row + head * out_head)[:, None] + rank[None, :]
+        tl.store(to, sums.to(out_ptr.dtype.element_ty), mask=mask & (last < SPLIT)[:, None])  # nothing to merge
+        if longest >= SPLIT:
+            mask = mask & (last >= SPLIT)[:, None]
             where = (row * H + head) * max_splits + split
             tl.store(partial_ptr + (where * RANK)[:, None] + rank[None, :], sums, mask=mask)
-            tl.store(lse_ptr + where, tl.fma(highest, scale_log2, tl.log2(total)), mask=seen)
+            tl.store(lse_ptr + where, tl.fma(highest, scale_log2, tl.log2(total)), mask=seen & (last >= SPLIT))
 
 
 @triton.jit(do_not_specialize=["max_splits"])
 def merge_kernel(
     partial_ptr, lse_ptr, position_ptr, out_ptr, out_row, out_head, max_splits, H,
-    QUERIES: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    SPLIT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    longest = tl.max(tl.load(position_ptr + row // QUERIES * QUERIES + tl.arange(0, QUERIES)), 0)
     last = tl.load(position_ptr + row)
-    if (longest >= SPLIT) & (last >= 0):
+    if last >= SPLIT:
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
         rank = tl.arange(0, RANK_BLOCK)
         mask = (head < H)[:, None] & (rank < RANK)[None, :]
@@ -200,34 +222,37 @@ def merge_kernel(
         tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def plan_decode(positions: Tensor, block_tables: Tensor, block_size: int, queries: int = 1) -> DecodePlan:
+def plan_decode(
+    positions: Tensor, block_tables: Tensor, block_size: int, num_heads: int, firsts: Tensor | None = None
+) -> DecodePlan:
     """positions: int64 [R], each row sees keys 0 .. position of its sequence (-1: none, its result is left alone);
-    block_tables: int64 [R, width], filled up with any block. Both are read again by every use of the plan.
+    block_tables: int64 [R, width], filled up with any block; firsts: int64 [R], of the rows here the first of those
+    whose consecutive positions of one sequence lead to this one. All are read again by every use of the plan.
 
-    `queries`: so many consecutive rows belong to one sequence; a power of two that divides R. The bits are the same.
+    Without `firsts` every row stands for itself. The bits are the same.
     """
     rows, width = block_tables.shape
     assert block_size % KEYS == 0, f"a block of {block_size} tokens is not made of tiles of {KEYS}"
-    assert rows % queries == 0, f"{rows} rows are not made of groups of {queries}"
+    firsts = torch.arange(rows, device=positions.device) if firsts is None else firsts
     splits = max(triton.cdiv(width * block_size, SPLIT), 1)
-    each = max(MAX_ITEMS // splits // queries, 1) * queries
+    each = max(MAX_ITEMS // splits, 1)
     parts = []
     for first in range(0, rows, each):
         part = slice(first, min(first + each, rows))
-        num_items = (part.stop - first) // queries * splits
-        parts.append(DecodePart(part, torch.empty(1 + num_items, dtype=torch.int32, device=positions.device)))
-    plan = DecodePlan(positions, block_tables, block_size, queries, splits, tuple(parts))
+        items = torch.empty(1 + (part.stop - first) * splits, dtype=torch.int32, device=positions.device)
+        parts.append(DecodePart(part, items))
+    plan = DecodePlan(positions, block_tables, firsts, block_size, num_heads, splits, tuple(parts))
     refresh(plan)
     return plan
 
 
 def refresh(plan: DecodePlan) -> None:
-    """Lists the work anew after `positions` changed; once a step, before the first layer."""
+    """Lists the work anew after `positions` or `firsts` changed; once a step, before the first layer."""
     for part in plan.parts:
         rows = part.rows.stop - part.rows.start
-        list_kernel[(rows // plan.queries,)](
-            plan.positions[part.rows], part.items, rows, plan.splits, QUERIES=plan.queries, SPLIT=SPLIT, SCAN=SCAN,
-            LISTED=LISTED, num_warps=4,
+        list_kernel[(rows,)](
+            plan.positions[part.rows], plan.firsts[part.rows], part.items, rows, part.rows.start, plan.splits,
+            QUERIES=plan.queries, SPLIT=SPLIT, SCAN=SCAN, LISTED=LISTED, num_warps=4,
         )  # fmt: skip
 
 
@@ -239,6 +264,7 @@ def mla_decode(
     (rows, heads, width), rank = q.shape, kv_lora_rank
     rope, queries, splits = width - rank, plan.queries, plan.splits
     assert rows == len(plan.positions), f"{rows} rows for a plan of {len(plan.positions)}"
+    assert heads == plan.num_heads, f"{heads} heads for a plan of {plan.num_heads}"
     assert cache_layer.is_contiguous(), f"cache rows lie one after another, not {cache_layer.stride()} apart"
     out = q.new_empty(rows, heads, rank) if out is None else out
     most = max((part.rows.stop - part.rows.start for part in plan.parts), default=0)
@@ -251,15 +277,15 @@ def mla_decode(
         positions, tables = plan.positions[part.rows], plan.block_tables[part.rows]
         to, num_rows = out[part.rows], part.rows.stop - part.rows.start
         split_kernel[((len(part.items) - 1) * head_tiles,)](
-            q[part.rows], cache_layer, tables, positions, part.items, partial, lse, to, softmax_scale * LOG2_E,
-            cache_layer.shape[0] * plan.block_size, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-            tables.stride(0), splits, heads, QUERIES=queries, LANES=LANES, KEYS=KEYS, BLOCK=plan.block_size,
-            SPLIT=SPLIT, RANK=rank, ROPE=rope, RANK_BLOCK=rank_block, ROPE_BLOCK=rope_block,
+            q[part.rows], cache_layer, tables, positions, plan.firsts[part.rows], part.items, partial, lse, to,
+            softmax_scale * LOG2_E, cache_layer.shape[0] * plan.block_size, q.stride(0), q.stride(1), out.stride(0),
+            out.stride(1), tables.stride(0), splits, num_rows, heads, QUERIES=queries, LANES=LANES, KEYS=KEYS,
+            BLOCK=plan.block_size, SPLIT=SPLIT, RANK=rank, ROPE=rope, RANK_BLOCK=rank_block, ROPE_BLOCK=rope_block,
             TILED=rank == rank_block and rope == rope_block, num_warps=8, num_stages=2,
         )  # fmt: skip
         if needs_merge:
             merge_kernel[(num_rows, triton.cdiv(heads, MERGED_HEADS))](
-                partial, lse, positions, to, out.stride(0), out.stride(1), splits, heads, QUERIES=queries,
-                SPLIT=SPLIT, RANK=rank, RANK_BLOCK=rank_block, HEADS=MERGED_HEADS, num_warps=4,
+                partial, lse, positions, to, out.stride(0), out.stride(1), splits, heads, SPLIT=SPLIT,
+                RANK=rank, RANK_BLOCK=rank_block, HEADS=MERGED_HEADS, num_warps=4,
             )  # fmt: skip
     return out

@@ -18,6 +18,7 @@ def test_plan_places_every_row() -> None:
             Segment(0, 1, [7], absorbed=False),
             Segment(1, 1, [8], absorbed=False),
         ],
+        num_heads=2,
         latent_dim=48,
         ops=TorchOps(),
     )
@@ -40,17 +41,17 @@ def test_plan_places_every_row() -> None:
 
 def test_a_row_visits_only_splits_it_sees() -> None:
     segments = [Segment(255, 2, list(range(10)), absorbed=True), Segment(600, 1, list(range(10)), absorbed=True)]
-    (run,) = plan_attention(segments, 48, TorchOps()).runs
+    (run,) = plan_attention(segments, 2, 48, TorchOps()).runs
     assert [split.rows.tolist() for split in run.plan.splits] == [[0, 1, 2], [1, 2], [2]]
     assert run.plan.splits[0].hidden is None
     assert run.plan.splits[1].slots.view(2, -1)[1].tolist() == list(range(256, 512))
 
 
 def test_empty_parts_are_allowed() -> None:
-    assert plan_attention([], 48, TorchOps()).runs == ()
-    assert plan_attention([Segment(3, 0, [0], absorbed=False)], 48, TorchOps()).runs == ()
+    assert plan_attention([], 2, 48, TorchOps()).runs == ()
+    assert plan_attention([Segment(3, 0, [0], absorbed=False)], 2, 48, TorchOps()).runs == ()
 
 
 def test_blocks_that_do_not_reach_are_refused() -> None:
     with pytest.raises(AssertionError, match="1 blocks do not reach position 64"):
-        plan_attention([Segment(60, 5, [3], absorbed=True)], 48, TorchOps())
+        plan_attention([Segment(60, 5, [3], absorbed=True)], 2, 48, TorchOps())

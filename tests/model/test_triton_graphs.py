@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
-from triton_models import BF16, CPU, FP8, Loaded, WriteCheckpoint, run, token_ids, triton_ops
+from triton_models import BF16, BLOCKS, CPU, FP8, Loaded, WriteCheckpoint, run, token_ids, triton_ops
 
+from braid.kernels.gpu.attention_decode import DecodePlan
 from braid.model.checkpoint import Checkpoint
-from braid.model.deepseek import DeepSeekModel
+from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.triton_ops import TritonOps
 
 Call = Callable[[], object]
@@ -55,6 +58,24 @@ class CapturedOps(TritonOps):
     network: DeepSeekModel
     num_played = 0
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(CPU, Checkpoint(path).config.quantization)
+        self._plans: dict[int, DecodePlan] = {}
+
+    def plan_decode(
+        self,
+        positions: Tensor,
+        block_tables: Tensor,
+        firsts: Tensor,
+        num_heads: int,
+        latent_dim: int,
+        before: DecodePlan | None = None,
+    ) -> DecodePlan:
+        """A step's inputs keep the plan with them where there is a GPU."""
+        kept, numbers = self._plans.get(positions.data_ptr()), (positions, block_tables, firsts)
+        plan = self._plans[positions.data_ptr()] = super().plan_decode(*numbers, num_heads, latent_dim, kept)
+        return plan
+
     def noted(self, work: Callable[[], object]) -> Call:
         work()
         buffers = [memory for buffers in self.network._buffers for memory in buffers._memory.values()]
@@ -75,9 +96,24 @@ class CapturedOps(TritonOps):
 
 def test_steps_that_are_played_keep_their_bits(write_checkpoint: WriteCheckpoint) -> None:
     path, ids = write_checkpoint(dtype="fp8", changes=FP8), token_ids(8)
-    ops = CapturedOps(CPU, Checkpoint(path).config.quantization)
+    ops = CapturedOps(path)
     ops.network, plain = Loaded.of(path, BF16, ops).network(), Loaded.of(path, BF16, triton_ops(path)).network()
     for start, stop in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8)):
         got, expected = (run(network, ids[start:stop], start, start > 0) for network in (ops.network, plain))
         assert torch.equal(got, expected), start
     assert ops.num_played == 3
+
+
+def test_a_step_that_is_played_follows_whose_rows_share_tiles(write_checkpoint: WriteCheckpoint) -> None:
+    """Three rows each time: first one and two of two sequences, then all of them one sequence's."""
+    path, ids = write_checkpoint(dtype="fp8", changes=FP8), token_ids(9)
+    ops = CapturedOps(path)
+    ops.network, plain = Loaded.of(path, BF16, ops).network(), Loaded.of(path, BF16, triton_ops(path)).network()
+    tables = BLOCKS[:1], BLOCKS[1:2]
+    for starts, nums in (((0, 0), (2, 2)), ((2, 2), (1, 2)), ((3, 4), (3, 0))):
+        own_ids = torch.cat([ids[start : start + num] for start, num in zip(starts, nums, strict=True)])
+        spans = zip(starts, nums, tables, strict=True)
+        segments = [Segment(start, num, table, start > 0) for start, num, table in spans]
+        batch = Batch(own_ids, segments, torch.arange(len(own_ids)))
+        assert torch.equal(ops.network.forward(batch).logits, plain.forward(batch).logits), starts
+    assert ops.num_played == 1

@@ -20,8 +20,10 @@ from braid.kernels.quant import BlockFp8
 from braid.model.checkpoint import Checkpoint
 from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.experts import LocalExperts
+from braid.model.mla import plan_attention
 from braid.model.mtp import MtpModule
 from braid.model.self_test import self_test
+from braid.model.step_buffers import StepBuffers
 from braid.model.torch_ops import TorchOps
 from braid.model.triton_ops import Normed, TritonOps
 
@@ -139,22 +141,65 @@ def test_an_mtp_module_drafts(fp8: Loaded) -> None:
         assert error(drafted(fp8, hidden, absorbed), drafted(reference, hidden, absorbed)) < 0.06
 
 
+def test_rows_that_verify_drafts_share_tiles_and_keep_their_bits(fp8: Loaded) -> None:
+    """One, two and three rows of three sequences, drafted by the module, in one pass: each has the logits and the
+    hidden row of a step of its own."""
+    network, alone, config = fp8.network(), fp8.network(), fp8.checkpoint.config
+    tables = [[block] for block in BLOCKS[:3]]
+    prompts = list(token_ids(15).split([5, 4, 6]))
+    module = MtpModule(config, fp8.weights.mtp[0], network.cache, LocalExperts(fp8.experts), network.rope)
+    segments = [Segment(0, len(ids), table, False) for ids, table in zip(prompts, tables, strict=True)]
+    ends = torch.tensor([len(ids) for ids in prompts]).cumsum(0) - 1
+    output = network.forward(Batch(torch.cat(prompts), segments, ends))
+    for ids, table in zip(prompts, tables, strict=True):
+        alone.forward(Batch(ids, [Segment(0, len(ids), table, False)], torch.tensor([len(ids) - 1])))
+    newest = output.logits.argmax(1)
+    after = torch.cat([torch.cat((ids[1:], one[None])) for ids, one in zip(prompts, newest, strict=True)])
+    first = module.draft(output.hidden, after, segments, ends[1:])
+    drafts = first.logits.argmax(1)
+    second = module.draft(first.hidden[1:], drafts[1:], [Segment(6, 1, tables[2], True)], torch.tensor([0]))
+    rows = [
+        newest[:1],
+        torch.stack((newest[1], drafts[0])),
+        torch.cat((newest[2:], drafts[1:], second.logits.argmax(1))),
+    ]
+    verified = [Segment(len(ids), len(r), t, True) for ids, r, t in zip(prompts, rows, tables, strict=True)]
+    together = network.forward(Batch(torch.cat(rows), verified, torch.arange(6)))
+    row = 0
+    for segment, ids in zip(verified, rows, strict=True):
+        for step in range(segment.num):
+            one = Segment(segment.start + step, 1, segment.block_table, True)
+            expected = alone.forward(Batch(ids[step : step + 1], [one], torch.tensor([0])))
+            assert torch.equal(together.logits[row], expected.logits[0]), (segment.start, step)
+            assert torch.equal(together.hidden[row], expected.hidden[0]), (segment.start, step)
+            row += 1
+    ops, shape = fp8.weights.ops, (config.num_attention_heads, config.latent_dim)
+    mixed = plan_attention([*verified, Segment(0, 1, [1], False)], *shape, ops)
+    for plan in (plan_attention(verified, *shape, ops, StepBuffers(config, BF16, ops)), mixed):
+        assert plan.runs[0].plan.parts[0].items[0] == 3  # six rows, and three tiles of keys are read
+
+
 def test_a_plan_follows_its_memory() -> None:
+    """Other positions and blocks, and rows that were one sequence's are now two sequences' and the other way round."""
     ops, generator = TritonOps(CPU), torch.Generator().manual_seed(0)
     cache = torch.randn(2, 64, 48, generator=generator).to(BF16)
-    q, positions, tables = (
-        torch.randn(2, 1, 48, generator=generator).to(BF16),
-        torch.tensor([3, 70]),
-        torch.zeros(2, 2).long(),
+    q, positions, tables, firsts = (
+        torch.randn(3, 1, 48, generator=generator).to(BF16),
+        torch.tensor([3, 70, 71]),
+        torch.zeros(3, 2).long(),
+        torch.tensor([0, 1, 1]),
     )
     tables[:] = torch.tensor([1, 0])
-    plan = ops.plan_decode(positions, tables, 48)
-    positions.copy_(torch.tensor([65, 2]))
-    tables[0] = torch.tensor([0, 1])
-    again = ops.plan_decode(positions, tables, 48, plan)
+    plan = ops.plan_decode(positions, tables, firsts, 1, 48)
+    positions.copy_(torch.tensor([63, 64, 2]))
+    firsts.copy_(torch.tensor([0, 0, 2]))
+    tables[:2] = torch.tensor([0, 1])
+    again = ops.plan_decode(positions, tables, firsts, 1, 48, plan)
     assert again is plan
-    fresh = ops.plan_decode(positions.clone(), tables.clone(), 48)
+    fresh = ops.plan_decode(positions.clone(), tables.clone(), firsts.clone(), 1, 48)
     assert torch.equal(ops.mla_decode(q, cache, plan, 0.2, 32), ops.mla_decode(q, cache, fresh, 0.2, 32))
+    alone = ops.plan_decode(positions, tables, torch.arange(3), 1, 48)
+    assert torch.equal(ops.mla_decode(q, cache, plan, 0.2, 32), ops.mla_decode(q, cache, alone, 0.2, 32))
 
 
 def test_norms_leave_what_products_read(fp8: Loaded) -> None:

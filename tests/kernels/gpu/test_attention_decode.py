@@ -52,7 +52,7 @@ def test_each_row_attends_to_its_own_sequence_up_to_its_position(heads: int, ran
     sequences = Sequences([position + 1 for position in positions], 5, rank + rope)
     q = torch.randn(len(positions), heads, rank + rope).bfloat16()
     out = torch.full((len(positions), heads, rank), torch.nan).bfloat16()
-    plan = plan_decode(torch.tensor(positions), sequences.tables, BLOCK)
+    plan = plan_decode(torch.tensor(positions), sequences.tables, BLOCK, heads)
     mla_decode(q, sequences.cache, plan, SCALE, rank, out)
     for row, latents in enumerate(sequences.latents):
         torch.testing.assert_close(out[row].double(), attended(q[row], latents, rank), rtol=2e-2, atol=4e-3)
@@ -64,25 +64,74 @@ def test_a_row_has_the_same_bits_alone(heads: int, rank: int, rope: int) -> None
     positions = torch.tensor([128, 40, 299])
     sequences = Sequences([129, 41, 300], 5, rank + rope)
     q = torch.randn(3, heads, rank + rope).bfloat16()
-    together = mla_decode(q, sequences.cache, plan_decode(positions, sequences.tables, BLOCK), SCALE, rank)
+    together = mla_decode(q, sequences.cache, plan_decode(positions, sequences.tables, BLOCK, heads), SCALE, rank)
     for row in range(3):
         at = slice(row, row + 1)
-        plan = plan_decode(positions[at], sequences.tables[at], BLOCK)
+        plan = plan_decode(positions[at], sequences.tables[at], BLOCK, heads)
         assert torch.equal(mla_decode(q[at], sequences.cache, plan, SCALE, rank)[0], together[row])
 
 
-@pytest.mark.parametrize(("rank", "rope"), [(64, 16), (40, 8)])
-@pytest.mark.parametrize("queries", [2, 4])
-def test_rows_of_one_sequence_have_the_same_bits_in_one_tile(queries: int, rank: int, rope: int) -> None:
-    torch.manual_seed(queries)
-    last = [66, 130]  # pairs and fours that begin on one side of a tile's or a split's end and end on the other
-    sequences = Sequences([position + 1 for position in last], 3, rank + rope)
-    positions = torch.tensor([position - queries + 1 + step for position in last for step in range(queries)])
-    tables = sequences.tables.repeat_interleave(queries, 0)
-    q = torch.randn(len(positions), 3, rank + rope).bfloat16()
-    one = mla_decode(q, sequences.cache, plan_decode(positions, tables, BLOCK), SCALE, rank)
-    grouped = mla_decode(q, sequences.cache, plan_decode(positions, tables, BLOCK, queries), SCALE, rank)
-    assert torch.equal(one, grouped)
+# heads, rank, rope: 16 rows a tile, 4 and 2, in both forms of reading keys; and tiles of half a row, as V3's are
+SHARING = [(3, 64, 16), (16, 64, 16), (17, 40, 8), (66, 64, 16)]
+
+
+class Verified:
+    """Rows of some sequences as steps verify drafts or replay: `spans`, the first position of each and how many rows.
+
+    The sequences end with their last row: what the cache holds from there on is NaN.
+    """
+
+    def __init__(self, spans: list[tuple[int, int]], heads: int, rank: int, rope: int) -> None:
+        self.rank = rank
+        self.sequences = Sequences([start + num for start, num in spans], 5, rank + rope)
+        owners = [sequence for sequence, (_, num) in enumerate(spans) for _ in range(num)]
+        self.tables = self.sequences.tables[owners]
+        self.latents = [self.sequences.latents[sequence] for sequence in owners]
+        self.positions = torch.tensor([start + step for start, num in spans for step in range(num)])
+        self.firsts = torch.tensor([owners.index(sequence) for sequence in owners])
+        self.q = torch.randn(len(owners), heads, rank + rope).bfloat16()
+
+    def attended(self, rows: slice, shares: bool) -> Tensor:
+        q, firsts = self.q[rows], (self.firsts[rows] - rows.start).clamp(min=0) if shares else None
+        plan = plan_decode(self.positions[rows], self.tables[rows], BLOCK, q.shape[1], firsts)
+        return mla_decode(q, self.sequences.cache, plan, SCALE, self.rank)
+
+
+@pytest.mark.parametrize(("heads", "rank", "rope"), SHARING)
+def test_rows_of_one_sequence_have_the_bits_of_each_alone(heads: int, rank: int, rope: int) -> None:
+    """One, two, three and six rows a sequence in one batch, that begin on one side of a tile's or a split's end and end
+    on the other."""
+    torch.manual_seed(heads)
+    verified = Verified([(127, 2), (40, 1), (126, 3), (62, 6)], heads, rank, rope)
+    together = verified.attended(slice(0, 12), shares=True)
+    assert torch.equal(together, verified.attended(slice(0, 12), shares=False))
+    for begin, end in ((0, 1), (1, 2), (4, 5), (7, 9), (8, 12)):  # rows of a sequence without those before them
+        assert torch.equal(verified.attended(slice(begin, end), shares=True), together[begin:end])
+    for row, latents in enumerate(verified.latents):
+        expected = attended(verified.q[row], latents[: verified.positions[row] + 1], rank)
+        torch.testing.assert_close(together[row].double(), expected, rtol=2e-2, atol=4e-3)
+
+
+@pytest.mark.parametrize(("heads", "tiles"), [(3, 1), (16, 2), (17, 3), (128, 5)])
+def test_tiles_of_the_same_keys_stand_together(heads: int, tiles: int) -> None:
+    """Five rows across the end of a split, after one of another sequence: its split, then all tiles' first split."""
+    verified = Verified([(3, 1), (126, 5)], heads, 64, 16)
+    plan = plan_decode(verified.positions, verified.tables, BLOCK, heads, verified.firsts)
+    count, *items = plan.parts[0].items.tolist()
+    listed = [(item // plan.splits, item % plan.splits) for item in items[:count]]
+    begins = [1 + tile * plan.queries for tile in range(tiles)]
+    assert listed == [(0, 0), *[(row, 0) for row in begins], *[(row, 1) for row in begins]]
+
+
+def test_rows_of_one_sequence_may_fall_into_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    verified = Verified([(20, 1), (126, 6), (7, 2)], 16, 64, 16)
+    whole = verified.attended(slice(0, 9), shares=True)
+    monkeypatch.setattr(attention_decode, "MAX_ITEMS", 9)  # three rows of three splits
+    plan = plan_decode(verified.positions, verified.tables, BLOCK, 16, verified.firsts)
+    assert [part.rows for part in plan.parts] == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    assert [part.items[0].item() for part in plan.parts] == [2, 2, 3]
+    assert torch.equal(mla_decode(verified.q, verified.sequences.cache, plan, SCALE, 64), whole)
 
 
 def test_rows_that_do_not_fit_at_once_go_one_part_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +139,9 @@ def test_rows_that_do_not_fit_at_once_go_one_part_after_another(monkeypatch: pyt
     positions = torch.tensor([5, 200, 128, 1, 290])
     sequences = Sequences([6, 201, 129, 2, 291], 5, 80)
     q = torch.randn(5, 4, 80).bfloat16()
-    whole = mla_decode(q, sequences.cache, plan_decode(positions, sequences.tables, BLOCK), SCALE, 64)
+    whole = mla_decode(q, sequences.cache, plan_decode(positions, sequences.tables, BLOCK, 4), SCALE, 64)
     monkeypatch.setattr(attention_decode, "MAX_ITEMS", 6)  # two rows of three splits
-    plan = plan_decode(positions, sequences.tables, BLOCK)
+    plan = plan_decode(positions, sequences.tables, BLOCK, 4)
     assert [part.rows for part in plan.parts] == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert torch.equal(mla_decode(q, sequences.cache, plan, SCALE, 64), whole)
 
@@ -101,7 +150,8 @@ def test_a_plan_follows_positions_that_change_in_place() -> None:
     torch.manual_seed(4)
     positions = torch.tensor([130, 3])
     sequences = Sequences([140, 140], 3, 80)
-    plan = plan_decode(positions, sequences.tables, BLOCK)
+    firsts = torch.tensor([0, 1])
+    plan = plan_decode(positions, sequences.tables, BLOCK, 4, firsts)
     items = plan.parts[0].items
     assert items[:4].tolist() == [3, 0, 1, 2]  # row 0 has two splits, row 1 has one, of two each
     positions.copy_(torch.tensor([-1, 139]))  # a row that only fills the batch up
