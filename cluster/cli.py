@@ -229,7 +229,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _line(args: argparse.Namespace) -> Line:
-    from .front_check import reachable
+    from .front_check import address, reachable
     from .registry import Registry
     from .talk import Line
 
@@ -237,7 +237,7 @@ def _line(args: argparse.Namespace) -> Line:
     if args.target:
         return Line(args.target, key)
     record = Registry().get(args.name)
-    return Line(f"{reachable(record.host)}:{record.grpc_port}", key)
+    return Line(address(reachable(record.host), record.grpc_port), key)
 
 
 def _first_key(file: Path) -> str:

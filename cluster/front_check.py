@@ -42,6 +42,11 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
+def address(host: str, port: int) -> str:
+    """As URLs and gRPC want it: IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _fields(body: bytes) -> dict[str, Any]:
     try:
         data = json.loads(body)

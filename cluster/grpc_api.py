@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from . import braid_v1_pb2 as pb
 from .callers import caller_of
+from .front_check import address
 from .front_end import FrontEnd
 from .grpc_words import read_request, write_delta, write_info
 from .request import ModelInfo, RequestRefused
@@ -84,12 +85,11 @@ async def serve_grpc(
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        return server.add_insecure_port(address)
+        return server.add_insecure_port(address(host, port))
     except RuntimeError as error:  # gRPC does not say why: ask the system
         raise ValueError(
-            f"gRPC cannot listen on {address}: {_why_not(host, port)}; choose another grpc_port"
+            f"gRPC cannot listen on {address(host, port)}: {_why_not(host, port)}; choose another grpc_port"
         ) from error
 
 

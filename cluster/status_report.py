@@ -7,6 +7,7 @@ from typing import Any
 
 from ..actors.view import ClusterView
 from .controller_settings import ControllerSettings
+from .front_check import address
 from .state import ClusterState, Worker
 
 Report = Mapping[str, Any]
@@ -28,7 +29,10 @@ def report(
             "architecture": model.architecture,
             "notices": list(model.notices),
         },
-        "endpoints": {"http": f"http://{front.host}:{front.http_port}", "grpc": f"{front.host}:{front.grpc_port}"},
+        "endpoints": {
+            "http": f"http://{address(front.host, front.http_port)}",
+            "grpc": address(front.host, front.grpc_port),
+        },
         "epoch": state.view.epoch if state.view else 0,
         "workers": rows,
         "expert_map": _expert_map(state.view),

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from braid.cluster.controller_settings import ControllerSettings, ModelFacts
-from braid.cluster.front_check import check_grpc, reachable
+from braid.cluster.front_check import address, check_grpc, reachable
 from braid.cluster.spec import ClusterSpec
 
 
@@ -45,3 +45,8 @@ def test_a_front_end_that_is_gone_is() -> None:
 
 def test_who_listens_everywhere_is_asked_on_loopback() -> None:
     assert [reachable(host) for host in ("0.0.0.0", "::", "10.1.2.3")] == ["127.0.0.1", "::1", "10.1.2.3"]
+
+
+def test_an_address_can_be_used_as_it_is_shown() -> None:
+    assert address("127.0.0.1", 9000) == "127.0.0.1:9000"
+    assert address("::1", 9000) == "[::1]:9000"
