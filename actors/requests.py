@@ -21,12 +21,14 @@ from .links import Link
 from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, pack, unpack
 from .peers import Peers
 from .reactor import Closed, Event, Opened, Received
+from .request_checks import check_fields, check_request, check_tokens
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence, State
 from .tracing import Attributes, Tracer
 
 log = logging.getLogger(__name__)
 
+MAX_NUMBER = 2**32 - 1  # as KV_LAYER has room for
 NUM_TOMBSTONES = 4096  # cancelled ids remembered, for a KV_OPEN that was overtaken by its own cancel
 
 
@@ -96,12 +98,16 @@ class Requests:
 
     def _on_submit(self, event: Received) -> None:
         sequence = Sequence.from_submit(Submit.unpack(event.message.meta))
-        if sequence.target == self.name or sequence.params.max_tokens <= 1:
+        check_fields(sequence)
+        if sequence.front != event.link.peer.name or sequence.id in self._sequences:
+            raise ValueError(f"{sequence.id} of {sequence.front} is under way, or of another front end")
+        reason = self._unfit(sequence)
+        if sequence.target == self.name or reason or sequence.params.max_tokens <= 1:
             sequence.target = ""  # nobody goes on with it after the prompt
-        sequence.number, self._next_number = self._next_number, self._next_number + 1
+        sequence.number, self._next_number = self._next_number, self._next_number % MAX_NUMBER + 1
         self._sequences[sequence.id] = sequence
-        if not all(0 <= token < self.config.vocab_size for token in sequence.tokens) or not sequence.tokens:
-            self.fail(sequence, "invalid", f"a prompt must have tokens, and none but 0 to {self.config.vocab_size - 1}")
+        if reason:
+            self.fail(sequence, "invalid", reason)
         elif not self.scheduler.submit(sequence):
             self.fail(sequence, "busy", f"{self.name} has no room for a prompt of {sequence.num_prompt} tokens now")
         elif sequence.target:
@@ -124,9 +130,16 @@ class Requests:
             self._drop(sequence, "cancelled by its front end")
 
     def _on_kv_open(self, event: Received) -> None:
-        sequence = sequence_from_open(event.message.meta, event.link.peer.name)
-        if sequence.id in self._cancelled:
+        sequence, code = sequence_from_open(event.message.meta, event.link.peer.name), "busy"
+        check_fields(sequence)
+        if (sequence.source, sequence.number) in self._receiving:
+            raise ValueError(f"number {sequence.number} is under way")
+        if reason := self._unfit(sequence):
+            code = "invalid"
+        elif sequence.id in self._cancelled:
             reason = "cancelled"
+        elif sequence.id in self._sequences:
+            reason = f"{self.name} has a request {sequence.id} already"
         elif self.peers.link_to(sequence.front) is None:
             reason = f"{self.name} has no link to front end {sequence.front}"
         elif not self.scheduler.reserve(sequence):
@@ -137,7 +150,16 @@ class Requests:
             accepted = {"number": sequence.number, "have": sequence.cached_tokens}
             self.peers.send(event.link, Kind.KV_ACCEPTED, pack(accepted))
             return
-        self.peers.send(event.link, Kind.KV_REFUSED, pack({"number": sequence.number, "reason": reason}))
+        refused = {"number": sequence.number, "code": code, "reason": reason}
+        self.peers.send(event.link, Kind.KV_REFUSED, pack(refused))
+
+    def _unfit(self, sequence: Sequence) -> str:
+        """Why this model cannot serve it; empty if it can."""
+        try:
+            check_request(sequence, self.config)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _on_kv_layer(self, event: Received) -> None:
         try:
@@ -151,6 +173,7 @@ class Requests:
         sequence = self._receiving.pop((event.link.peer.name, body["number"]), None)
         if sequence is None:
             return
+        check_tokens([body["token_id"], *body["drafts"]], self.config)
         expected = (sequence.num_prompt - sequence.cached_tokens) * len(self.cache.layers)
         if sequence.rows_received != expected:
             told = f"{sequence.rows_received} of {expected} latent rows arrived from {event.link.peer.name}"
@@ -172,6 +195,8 @@ class Requests:
         body = unpack(event.message.meta)
         sequence = self._sent.get((event.link.peer.name, body["number"]))
         if sequence is not None:
+            if type(body["have"]) is not int or not 0 <= body["have"] <= sequence.num_prompt:
+                raise ValueError(f"it has {body['have']} positions of a prompt of {sequence.num_prompt} tokens")
             sequence.accepted, sequence.kv_have = True, body["have"]
             if sequence.state == "handover":
                 self._hand_over(sequence)
@@ -180,7 +205,7 @@ class Requests:
         body = unpack(event.message.meta)
         sequence = self._sent.pop((event.link.peer.name, body["number"]), None)
         if sequence is not None:
-            self.fail(sequence, "busy", f"decode worker {event.link.peer.name} refused: {body['reason']}")
+            self.fail(sequence, body["code"], f"decode worker {event.link.peer.name} refused: {body['reason']}")
 
     _handlers: dict[int, Callable[[Requests, Received], None]] = {  # noqa: RUF012 - a constant table
         Kind.SUBMIT: _on_submit,

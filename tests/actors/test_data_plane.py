@@ -5,6 +5,7 @@ One checkpoint that no part has seen before, made by transformers; the oracle is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +24,11 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With more positions than the workers have blocks for."""
     model, _ = make_hf_model("v3", seed=11)
     path: Path = save_hf_model(model, tmp_path_factory.mktemp("checkpoint"))
+    config = path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 131_072}))
     return path
 
 
