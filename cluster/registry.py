@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ RECORD = "record.json"
 # Ray appends about 69 characters to its folder (session_<date>_<time>_<pid>/sockets/plasma_store); AF_UNIX takes 107.
 LONGEST_RUN_DIR = 36
 KEPT_LOGS = 5
+LOGS = "_logs"  # beside the clusters' folders, so it must not be the name of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Registry:
     def get(self, name: str) -> Record:
         record = self.find(name)
         if record is None:
-            known = [record.name for record in self.all()]
+            known = [record.name for record in self.all() if record.is_alive()]
             there = f"up here: {', '.join(known)}" if known else "none is up here"
             raise ClusterNotFound(
                 f"no cluster {name!r} was started on this machine ({there}); start one with `braid up`"
@@ -118,15 +119,19 @@ class Registry:
         shutil.rmtree(self.root / record.name, ignore_errors=True)
 
     def keep_logs(self, record: Record) -> Path:
-        """Saves what explains a failure before the run folder goes; the newest few are kept."""
-        kept = self.root / "logs" / f"{record.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Saves what explains a failure before the run folder goes; the newest few are kept.
+
+        What cannot be saved is let go, on a full disk everything: the failure itself must still be told.
+        """
+        kept = self.root / LOGS / f"{record.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         for path in [record.log_file, *Path(record.run_dir).glob("ray/session_2*/logs")]:
-            if path.is_dir():
-                shutil.copytree(path, kept / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
-            elif path.exists():
-                shutil.copy2(path, kept)
-        for old in sorted(kept.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT_LOGS]:
+            with suppress(OSError):
+                kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if path.is_dir():
+                    shutil.copytree(path, kept / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+                elif path.exists():
+                    shutil.copy2(path, kept)
+        for old in sorted(kept.parent.glob("*"), key=lambda path: path.stat().st_mtime)[:-KEPT_LOGS]:
             shutil.rmtree(old, ignore_errors=True)
         return kept
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from braid.cluster.errors import ClusterExists, ClusterNotFound
+from braid.cluster.errors import ClusterExists, ClusterNotFound, SpecError
 from braid.cluster.processes import Process, is_alive, process_of
-from braid.cluster.registry import KEPT_LOGS, LONGEST_RUN_DIR, Record, Registry
+from braid.cluster.registry import KEPT_LOGS, LOGS, LONGEST_RUN_DIR, Record, Registry
+from braid.cluster.spec import from_dict
 
 
 def record(name: str = "one", owner: Process | None = None) -> Record:
@@ -50,6 +51,9 @@ def test_an_unknown_name_says_which_are_known(tmp_path: Path) -> None:
     claimed = registry.claim(record("two"))
     with pytest.raises(ClusterNotFound, match=r"no cluster 'one' .*up here: two"):
         registry.get("one")
+    registry.write(replace(claimed, owner=Process(2**22 + 1, 1)))
+    with pytest.raises(ClusterNotFound, match="none is up here"):
+        registry.get("one")
     registry.remove(claimed)
 
 
@@ -84,4 +88,20 @@ def test_logs_of_failures_are_kept_but_not_for_ever(tmp_path: Path) -> None:
         registry.remove(claimed)
     assert (kept[-1] / "up.log").read_text() == f"why {KEPT_LOGS + 1}"
     assert (kept[-1] / "ray" / "raylet.out").read_text() == "ray's side"
-    assert len(list((tmp_path / "logs").iterdir())) == KEPT_LOGS
+    assert len(list((tmp_path / LOGS).iterdir())) == KEPT_LOGS
+    with pytest.raises(SpecError, match=f"name: '{LOGS}' must be"):
+        from_dict({"name": LOGS})
+
+
+def test_a_log_that_cannot_be_kept_keeps_no_failure_from_being_told(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    claimed = registry.claim(record())
+    logs = Path(claimed.run_dir) / "ray" / "session_2026" / "logs"
+    logs.mkdir(parents=True)
+    os.mkfifo(logs / "pipe")
+    (logs / "raylet.out").write_text("ray's side")
+    kept = registry.keep_logs(claimed)
+    assert (kept / "ray" / "raylet.out").read_text() == "ray's side"
+    registry.remove(claimed)
+    (tmp_path / "file").write_text("no folder can be made here")
+    assert Registry(tmp_path / "file").keep_logs(claimed).name.startswith("one-")

@@ -142,6 +142,6 @@ def test_a_start_that_fails_says_why_and_leaves_only_logs(home: Home) -> None:
     assert up.returncode == 1
     assert "pool decode: 2 x 1 CPU, STRICT_SPREAD: needs 2 different nodes, there are 1" in up.stderr
     assert home.registry.all() == []
-    [kept] = (home.path / ".cache" / "braid" / "logs").iterdir()
+    [kept] = (home.path / ".cache" / "braid" / "_logs").iterdir()
     assert f"(logs: {kept})" in up.stderr
     assert (kept / "up.log").exists()
