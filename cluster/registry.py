@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ClusterExists, ClusterNotFound
+from .errors import ClusterExists, ClusterNotFound, StartFailed
 from .processes import Process, end_processes, is_alive, members
 
 RECORD = "record.json"
 # Ray appends about 69 characters to its folder (session_<date>_<time>_<pid>/sockets/plasma_store); AF_UNIX takes 107.
 LONGEST_RUN_DIR = 36
+LEAST_FREE = 32 * 2**20  # bytes for Ray's logs and session; without them Ray waits half a minute and does not say why
 KEPT_LOGS = 5
 LOGS = "_logs"  # beside the clusters' folders, so it must not be the name of one
 
@@ -74,8 +75,18 @@ class Registry:
             folder = self.root / record.name
             folder.mkdir(mode=0o700, parents=True)
             claimed = replace(record, run_dir=str(_run_dir(folder)))
+            self._check_room(claimed)
             self.write(claimed)
             return claimed
+
+    def _check_room(self, claimed: Record) -> None:
+        free = shutil.disk_usage(claimed.run_dir).free
+        if free < LEAST_FREE:
+            self.remove(claimed)
+            raise StartFailed(
+                f"{claimed.run_dir}, for logs and sockets, has {free / 2**20:.0f} MiB of free disk and a cluster wants "
+                f"{LEAST_FREE / 2**20:.0f}: make room there"
+            )
 
     def refuse_if_up(self, name: str) -> None:
         record = self.find(name)

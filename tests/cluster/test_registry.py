@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from braid.cluster.errors import ClusterExists, ClusterNotFound, SpecError
+from braid.cluster.errors import ClusterExists, ClusterNotFound, SpecError, StartFailed
 from braid.cluster.processes import Process, is_alive, process_of
 from braid.cluster.registry import KEPT_LOGS, LOGS, LONGEST_RUN_DIR, Record, Registry
 from braid.cluster.spec import from_dict
@@ -42,6 +42,13 @@ def test_socket_paths_stay_short_wherever_the_cache_is(tmp_path: Path) -> None:
     assert Registry(deep).get("one") == claimed
     Registry(deep).remove(claimed)
     assert not Path(claimed.run_dir).exists()
+
+
+def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braid.cluster.registry.LEAST_FREE", 2**62)
+    with pytest.raises(StartFailed, match=r"MiB of free disk and a cluster wants .*: make room there"):
+        Registry(tmp_path).claim(record())
+    assert list(tmp_path.glob("[!.]*")) == []
 
 
 def test_an_unknown_name_says_which_are_known(tmp_path: Path) -> None:
