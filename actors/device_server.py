@@ -28,6 +28,7 @@ from .links import Link, LinkClosed, LinkFull
 from .mailbox import ASLEEP, BUSY, Box, accept
 from .messages import Kind
 from .reactor import Closed, Event, Received
+from .remains import Remains
 from .spin import SPIN_S
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class DeviceServer:
         self._local = {layer: _places(held.expert_ids, num_experts, device) for layer, held in weights.items()}
         self._askers: dict[Link, Asker] = {}
         self._jobs: list[MailJob] = []
+        self._remains = Remains()
         self._heard = 0.0
         self._fence = threading.Lock()
         self._x = self._rows = self._place_of_pair = self._row_of_pair = torch.empty(0)
@@ -92,6 +94,7 @@ class DeviceServer:
             self.turn(events)
         for asker in list(self._askers.values()):
             self._let_go(asker)
+        self._remains.close()
 
     def turn(self, events: list[Event]) -> None:
         """Takes in what has come, and computes the batch whose turn it is."""
@@ -135,10 +138,12 @@ class DeviceServer:
             self._accept(event.link, event.message.meta)
 
     def _accept(self, link: Link, meta: bytes) -> None:
+        self._remains.free()
         try:
             box, answer = accept(meta, self._device)
             if (box.shape.hidden, box.shape.top_k) != (self._hidden, self._top_k):
                 box.close()
+                box.inbox.disown()
                 raise ValueError(f"{box.shape} is not of this model: {self._hidden} wide, {self._top_k} experts a row")
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             log.warning("no mailbox for %s: %s", link.peer.name, error)
@@ -154,6 +159,7 @@ class DeviceServer:
             torch.cuda.current_stream(self._device).synchronize()  # what was launched may still write there
         del self._askers[asker.link]
         asker.box.close()
+        self._remains.keep(asker.box.process, asker.box.inbox)
 
     def _look(self) -> None:
         now = time.monotonic()

@@ -21,6 +21,7 @@ from .mail_tables import MailTables
 from .mailbox import ASLEEP, BUSY, Box, BoxShape, Pages, accepted, make_pages, offer
 from .messages import Kind
 from .reactor import Closed, Event, Received
+from .remains import Remains
 from .ways import Way, way
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class MailPeers:
         self._peers: dict[Link, MailPeer] = {}
         self._owners: list[MailPeer | None] = []  # of the map, in its order; None who is on no link of this host
         self._retired: list[Box] = []
+        self._remains = Remains()
         self._lock = threading.Lock()  # guards who stands where and `gone`, for `bury`
 
     def set_map(self, expert_map: ExpertMap, links: Mapping[str, Link]) -> None:
@@ -81,6 +83,7 @@ class MailPeers:
             self._fill(is_new=True)
         elif isinstance(event, Received) and event.message.kind == Kind.MAIL_REFUSED and peer.box is None:
             peer.replies.close()
+            peer.replies.disown()
             log.info("%s shares no memory: %s", peer.link.peer.name, event.message.meta.decode(errors="replace"))
 
     def bury(self, link: Link) -> None:
@@ -110,7 +113,9 @@ class MailPeers:
             if peer is not None and peer.box is not None:
                 peer.box.bells.words[BUSY] = 0
         while self._retired:
-            self._retired.pop().close()
+            box = self._retired.pop()
+            box.close()
+            self._remains.keep(box.process, box.replies)
         lost = [(index, why) for index, why in enumerate(self.tables.told.tolist()) if why]
         for index, why in lost:
             peer = self._owners[index]
@@ -138,6 +143,7 @@ class MailPeers:
     def _peer_of(self, link: Link) -> MailPeer | None:
         peer = self._peers.get(link)
         if peer is None and link.peer.host_id == self._host_id and link.closed is None:
+            self._remains.free()
             peer = MailPeer(link, make_pages(self.shape.reply_bytes, self._device))
             try:
                 link.send(Kind.MAIL_OFFER, offer(self.shape, peer.replies))
@@ -159,6 +165,8 @@ class MailPeers:
 
     def _fill(self, is_new: bool = False) -> None:
         """Rewrites the tables. `is_new`: owners have come, not only gone."""
+        if self._device.type == "cuda":  # kernels of a pass that broke off may still tell the host of who failed
+            torch.cuda.current_stream(self._device).synchronize()
         if is_new:
             self._bias = ReplicaBias(self._map, list(self.layer_row))
         has_mail = [peer is not None and peer.has_mail for peer in self._owners]

@@ -125,12 +125,16 @@ class HostPages:
         self._fd = -1
         self.bytes, self.words = self.bytes.new_empty(0), np.empty(0, dtype=np.int64)
 
+    def disown(self) -> None:
+        """The system counts by itself who has them open."""
+
 
 class DevicePages:
     """Zeroed memory of a GPU that another process may open; the process that made it keeps it in place."""
 
     def __init__(self, data: Tensor) -> None:
         self.bytes = data
+        self._opening: list[Any] = []  # where torch looks whether another process has them open
 
     @classmethod
     def make(cls, num_bytes: int, device: torch.device) -> DevicePages:
@@ -152,11 +156,22 @@ class DevicePages:
 
     def tell(self) -> list[Any]:
         storage: Any = self.bytes.untyped_storage()
-        return list(storage._share_cuda_())
+        words = list(storage._share_cuda_())
+        self._opening = words[4:6]
+        return words
 
     def close(self) -> None:
         """Lets it go; torch keeps what the other process has open."""
         self.bytes = self.bytes.new_empty(0)
+
+    def disown(self) -> None:
+        """No other process has it open, whether or not the one that was told of it has said so."""
+        if self._opening:
+            storage: Any = torch.UntypedStorage
+            cuda: Any = torch.cuda
+            storage._release_ipc_counter(*self._opening, device=self.bytes.device)
+            self._opening = []
+            cuda.ipc_collect()
 
 
 Pages = HostPages | DevicePages
@@ -174,12 +189,16 @@ def open_pages(words: Any, num_bytes: int, device: torch.device) -> Pages:
 
 @dataclass(slots=True)
 class Box:
-    """One link's share of memory, the same at both ends: `inbox` and `bells` are the expert side's, `replies` ours."""
+    """One link's share of memory, the same at both ends: `inbox` and `bells` are the expert side's, `replies` ours.
+
+    `process`: at the other end.
+    """
 
     shape: BoxShape
     inbox: Pages
     bells: HostPages
     replies: Pages
+    process: int
 
     def x(self, slot: int) -> Tensor:
         """bf16 [max_rows, hidden] of a post."""
@@ -210,19 +229,19 @@ class Box:
 
 
 def offer(shape: BoxShape, replies: Pages) -> bytes:
-    return pack({"shape": asdict(shape), "replies": replies.tell()})
+    return pack({"shape": asdict(shape), "replies": replies.tell(), "process": os.getpid()})
 
 
 def accept(meta: bytes, device: torch.device) -> tuple[Box, bytes]:
     """The expert side's end of what was offered, and the answer. Raises where it cannot be had on this host."""
     body = unpack(meta)
-    shape = BoxShape(**body["shape"])
+    shape, process = BoxShape(**body["shape"]), int(body["process"])
     with ExitStack() as opened:
         replies = open_pages(body["replies"], shape.reply_bytes, device)
         opened.callback(replies.close)
         inbox = make_pages(shape.inbox_bytes, device)
         opened.callback(inbox.close)
-        box = Box(shape, inbox, HostPages.make(PAGE_BYTES, device), replies)
+        box = Box(shape, inbox, HostPages.make(PAGE_BYTES, device), replies, process)
         answer = pack({"inbox": inbox.tell(), "bells": box.bells.tell()})
         opened.pop_all()
     return box, answer
@@ -234,7 +253,7 @@ def accepted(meta: bytes, shape: BoxShape, replies: Pages, device: torch.device)
     with ExitStack() as opened:
         inbox = open_pages(body["inbox"], shape.inbox_bytes, device)
         opened.callback(inbox.close)
-        box = Box(shape, inbox, HostPages.open(body["bells"], PAGE_BYTES, device), replies)
+        box = Box(shape, inbox, HostPages.open(body["bells"], PAGE_BYTES, device), replies, int(body["bells"][0]))
         opened.pop_all()
     return box
 

@@ -35,6 +35,7 @@ def test_both_ends_see_the_same_memory_and_leave_nothing_behind() -> None:
         assert torch.equal(ours.rows(slot), torch.full((6, 5), slot + 7).bfloat16())
     ours.bells.words[1] = 5
     assert theirs.bells.words[1] == 5
+    assert ours.process == theirs.process == os.getpid()
     for box in (ours, theirs):
         box.close()
         box.close()

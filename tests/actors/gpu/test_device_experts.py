@@ -166,8 +166,13 @@ def test_a_worker_dies_while_it_is_waited_for_and_the_pass_is_run_again_elsewher
         assert torch.equal(attention.run(LAYER, x, ids), expected)
         assert device.num_redone == 1
         assert device.can_be_noted
+        assert device._peers is not None
+        kept = device._peers._remains._of
+        assert list(kept) == [experts[0].process.pid]
+        experts[0].process.join()
         experts[1].signal(signal.SIGKILL)
         assert not attention.run(LAYER, x, ids).any()
+        assert list(kept) == [experts[1].process.pid]
         assert not device.can_be_noted
         assert sorted(device.take_failed()) == [0, 1, 2, 3]
         attention.close()
