@@ -66,10 +66,12 @@ def speed(result: Result | None) -> str:
 
 def rivals(result: Result | None) -> str:
     seen = {row["name"]: row for row in _rows(result, "rivals")}
-    rows = [["rival", "work", "its us", "our us", "its time / ours"]]
+    rows = [["rival", "work", "its us", "our us", "its time / ours", "difference"]]
     for rival, what, _ in comparisons(_v3()):
         row = seen.get(f"{rival}: {what}", {})
-        figures = [_us(row["us"]), _us(row["ours_us"]), f"{row['ratio']:.2f}"] if "us" in row else ["", "", ""]
+        figures = [""] * 4
+        if "us" in row:
+            figures = [_us(row["us"]), _us(row["ours_us"]), f"{row['ratio']:.2f}", f"{row['difference']:.1%}"]
         rows.append([rival, what, *figures])
     return table(rows)
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,10 +23,26 @@ from braid.kernels.gpu import attention_decode, gemm
 from .cases import Draw, Work
 from .cases_attention import cached
 from .sizes import BLOCK_SIZE, V3
-from .timing import Runs, copies
+from .timing import copies
 
-Pair = tuple[Runs, Runs]  # the rival's and ours
 HEADS, RANK, WIDTH = V3.num_attention_heads, V3.kv_lora_rank, V3.latent_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """The same work on one set of operands. `result`: what `theirs` made, in the form of what `ours` returns."""
+
+    theirs: Callable[[], object]
+    ours: Callable[[], torch.Tensor]
+    result: Callable[[], torch.Tensor]
+
+
+def imported(name: str, folder: Path) -> ModuleType:
+    """ImportError that says where it was looked for."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"no {name} in {folder} that loads here: {error}") from error
 
 
 def extracted(path: Path, names: Collection[str]) -> ModuleType:
@@ -54,11 +71,11 @@ def extracted(path: Path, names: Collection[str]) -> ModuleType:
     return module
 
 
-def vllm_product(folder: Path, draw: Draw, rows: int, inputs: int, outputs: int) -> Pair:
+def vllm_product(folder: Path, draw: Draw, rows: int, inputs: int, outputs: int) -> list[Contest]:
     file = folder / "vllm/model_executor/layers/quantization/utils/fp8_utils.py"
     kernel = extracted(file, ["_w8a8_triton_block_scaled_mm"])._w8a8_triton_block_scaled_mm
 
-    def one() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def one() -> Contest:
         x, (weight, scales) = draw.activations(rows, inputs), draw.block_weight(outputs, inputs)
         their_scales = x.scales.t().contiguous()
         out = torch.empty(rows, outputs, dtype=torch.bfloat16, device=draw.device)
@@ -71,15 +88,15 @@ def vllm_product(folder: Path, draw: Draw, rows: int, inputs: int, outputs: int)
                 BLOCK_SIZE_M=tile, BLOCK_SIZE_N=128, BLOCK_SIZE_K=128, GROUP_SIZE_M=32, num_warps=4, num_stages=3,
             )  # fmt: skip
 
-        return theirs, lambda: gemm.linear_fp8(x, weight, scales)
+        return Contest(theirs, lambda: gemm.linear_fp8(x, weight, scales), lambda: out)
 
-    return _taking_turns(one, Work(inputs * outputs), draw)
+    return taking_turns(one, Work(inputs * outputs), draw)
 
 
-def deep_gemm(folder: Path, draw: Draw, rows: int, inputs: int, outputs: int) -> Pair:
-    theirs_module = importlib.import_module("deep_gemm")
+def deep_gemm(folder: Path, draw: Draw, rows: int, inputs: int, outputs: int) -> list[Contest]:
+    theirs_module = imported("deep_gemm", folder)
 
-    def one() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def one() -> Contest:
         x, (weight, scales) = draw.activations(rows, inputs), draw.block_weight(outputs, inputs)
         their_scales = x.scales.t().contiguous()
         out = torch.empty(rows, outputs, dtype=torch.bfloat16, device=draw.device)
@@ -87,12 +104,12 @@ def deep_gemm(folder: Path, draw: Draw, rows: int, inputs: int, outputs: int) ->
         def theirs() -> None:  # its own layout of the scales is part of it, as ours is of our quantisation
             theirs_module.fp8_gemm_nt((x.codes, their_scales), (weight, scales), out)
 
-        return theirs, lambda: gemm.linear_fp8(x, weight, scales)
+        return Contest(theirs, lambda: gemm.linear_fp8(x, weight, scales), lambda: out)
 
-    return _taking_turns(one, Work(inputs * outputs), draw)
+    return taking_turns(one, Work(inputs * outputs), draw)
 
 
-def flash_mla(folder: Path, draw: Draw, sequences: int, context: int) -> Pair:
+def flash_mla(folder: Path, draw: Draw, sequences: int, context: int) -> list[Contest]:
     torch.ops.load_library(str(folder / "_flashmla_C.abi3.so"))  # type: ignore[no-untyped-call]
     return _decode(draw, sequences, context, _flash_mla)
 
@@ -100,11 +117,11 @@ def flash_mla(folder: Path, draw: Draw, sequences: int, context: int) -> Pair:
 def _flash_mla(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor) -> Callable[[], Any]:
     q4, cache4, short = q.unsqueeze(1), cache.unsqueeze(2), tables.int()
     attend = torch.ops._flashmla_C.dense_decode_fwd
-    return lambda: attend(q4, cache4, RANK, lengths, short, V3.softmax_scale, False, None, None)
+    return lambda: attend(q4, cache4, RANK, lengths, short, V3.softmax_scale, False, None, None)[0].squeeze(1)
 
 
-def flash_infer(folder: Path, draw: Draw, sequences: int, context: int) -> Pair:
-    theirs_module = importlib.import_module("flashinfer.mla")
+def flash_infer(folder: Path, draw: Draw, sequences: int, context: int) -> list[Contest]:
+    theirs_module = imported("flashinfer.mla", folder)
 
     def prepared(
         q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor
@@ -123,7 +140,7 @@ def flash_infer(folder: Path, draw: Draw, sequences: int, context: int) -> Pair:
     return _decode(draw, sequences, context, prepared)
 
 
-def vllm_decode(folder: Path, draw: Draw, sequences: int, context: int) -> Pair:
+def vllm_decode(folder: Path, draw: Draw, sequences: int, context: int) -> list[Contest]:
     """Stage 1 and 2 with 4 splits, the batch-variant form that is vLLM's default."""
     file, splits = folder / "vllm/v1/attention/ops/triton_decode_attention.py", 4
     kernels = extracted(file, ["tanh", "_fwd_grouped_kernel_stage1", "_fwd_kernel_stage2"])
@@ -137,7 +154,7 @@ def vllm_decode(folder: Path, draw: Draw, sequences: int, context: int) -> Pair:
         out = torch.empty(sequences, HEADS, RANK, dtype=torch.bfloat16, device=draw.device)
         lse = torch.empty(sequences, HEADS, device=draw.device)
 
-        def theirs() -> None:
+        def theirs() -> torch.Tensor:
             kernels._fwd_grouped_kernel_stage1[(sequences, HEADS // 16, splits)](
                 q, keys, values, V3.softmax_scale, short, lengths, middle, short.stride(0), q.stride(0), q.stride(1),
                 keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
@@ -149,6 +166,7 @@ def vllm_decode(folder: Path, draw: Draw, sequences: int, context: int) -> Pair:
                 middle, out, lse, lengths, *middle.stride()[:3], *out.stride()[:2], lse.stride(0),
                 NUM_KV_SPLITS=splits, BLOCK_DV=RANK, Lv=RANK, num_warps=4, num_stages=2,
             )  # fmt: skip
+            return out
 
         return theirs
 
@@ -158,10 +176,10 @@ def vllm_decode(folder: Path, draw: Draw, sequences: int, context: int) -> Pair:
 Prepared = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Callable[[], Any]]
 
 
-def _decode(draw: Draw, sequences: int, context: int, prepare: Prepared) -> Pair:
+def _decode(draw: Draw, sequences: int, context: int, prepare: Prepared) -> list[Contest]:
     """`prepare`: (q [R, heads, 576], cache, int64 tables, int32 lengths) -> the rival's call."""
 
-    def one() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def one() -> Contest:
         cache, tables = cached(draw, V3, sequences, context)
         q = draw.normal(sequences, HEADS, WIDTH)
         plan = attention_decode.plan_decode(
@@ -169,17 +187,16 @@ def _decode(draw: Draw, sequences: int, context: int, prepare: Prepared) -> Pair
         )
         lengths = torch.full((sequences,), context, dtype=torch.int32, device=draw.device)
         theirs = prepare(q, cache, tables, lengths)
-        return theirs, lambda: attention_decode.mla_decode(q, cache, plan, V3.softmax_scale, RANK)
+        return Contest(theirs, lambda: attention_decode.mla_decode(q, cache, plan, V3.softmax_scale, RANK), theirs)
 
-    return _taking_turns(one, Work(2 * sequences * context * WIDTH), draw)
-
-
-def _taking_turns(one: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]], work: Work, draw: Draw) -> Pair:
-    pairs = [one() for _ in range(copies(work.num_bytes, draw.device))]
-    return [theirs for theirs, _ in pairs], [ours for _, ours in pairs]
+    return taking_turns(one, Work(2 * sequences * context * WIDTH), draw)
 
 
-DECODES: dict[str, Callable[..., Pair]] = {
+def taking_turns(one: Callable[[], Contest], work: Work, draw: Draw) -> list[Contest]:
+    return [one() for _ in range(copies(work.num_bytes, draw.device))]
+
+
+DECODES: dict[str, Callable[..., list[Contest]]] = {
     "vLLM Triton": vllm_decode,
     "FlashMLA": flash_mla,
     "FlashInfer": flash_infer,
