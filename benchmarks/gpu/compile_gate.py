@@ -30,7 +30,7 @@ from .compile_table import COLUMNS, lines
 from .compiled import launches
 from .launches import Launch, launched_kernels
 from .machine_code import measured
-from .verdict import Measured, asked, broken_limits
+from .verdict import Measured, asked, broken_limits, told_too_early
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def compile_one(launch: Launch, shape: str) -> Compiled:
         return Compiled(name, tile, stages, shape, None, time.monotonic() - begun, why)
     wants = asked(kernel.asm["ttir"])
     seen = measured(kernel, wants.has_tensor_code)
-    broken = tuple(broken_limits(seen, wants))
+    broken = (*broken_limits(seen, wants), *told_too_early(kernel.asm["ptx"]))
     return Compiled(name, tile, stages, shape, seen, time.monotonic() - begun, broken)
 
 

@@ -59,3 +59,14 @@ def broken_limits(measured: Measured, asked: Asked) -> list[str]:
     if wanted & {"QGMMA", "HGMMA"} and measured.instructions.get("HMMA"):
         reasons.append("multiplies by HMMA, not by warp groups; give the weights' side 64 rows and the tokens' 16")
     return reasons
+
+
+def told_too_early(ptx: str) -> list[str]:
+    """Empty where a word that other processors acquire is released behind a barrier of the block: without one it tells
+    of the stores of one thread only, which no interpreter shows."""
+    has_stored, reasons = False, []
+    for found in re.finditer(r"\b(?:bar\.sync|st\.release\.sys|st\.global)\b", ptx):
+        if found[0] == "st.release.sys" and has_stored:
+            reasons.append("releases a word while other threads may still store; put a barrier before it")
+        has_stored = found[0] == "st.global"
+    return reasons

@@ -13,11 +13,13 @@ from braid.benchmarks.gpu.verdict import Asked, Measured, asked, broken_limits
 GOOD = Measured(168, 0, 101_000, 12, {"HGMMA": 0, "QGMMA": 8, "HMMA": 0, "UTMALDG": 3})
 FP8 = Asked(frozenset({"f8E4M3FN"}), True)
 
-# A tile of 64 x 512 that 4 warps cannot hold, and an fp8 product whose tokens lie on the side that asks for 64 rows.
+# A tile of 64 x 512 that 4 warps cannot hold, an fp8 product whose tokens lie on the side that asks for 64 rows, and a
+# word that tells of rows with no barrier, and with one, between them.
 BAD_KERNELS = """
 import json, sys, torch, triton, triton.language as tl
 from braid.benchmarks.gpu.launches import recorded
 from braid.benchmarks.gpu.compile_gate import compile_one
+from braid.kernels.gpu.mail import publish
 
 @triton.jit
 def spilling_kernel(x_ptr, y_ptr, out_ptr):
@@ -36,10 +38,20 @@ def narrow_kernel(x_ptr, y_ptr, out_ptr):
     y = tl.load(y_ptr + column[:, None] * 128 + depth[None, :])
     tl.store(out_ptr + row[:, None] * 128 + column[None, :], tl.dot(x, y.T))
 
+@triton.jit
+def telling_kernel(rows_ptr, bell, WAITS: tl.constexpr):
+    column = tl.arange(0, 1024)
+    tl.store(rows_ptr + column, column)
+    if WAITS:
+        tl.debug_barrier()
+    publish(bell, 7, True)
+
 def launch():
     wide, codes = torch.empty(1 << 16, dtype=torch.bfloat16, device="meta"), torch.float8_e4m3fn
     spilling_kernel[(1,)](wide, wide, wide.float(), num_warps=4)
     narrow_kernel[(1,)](wide.to(codes), wide.to(codes), wide.float(), num_warps=4)
+    telling_kernel[(1,)](wide.int(), 1 << 40, False, num_warps=4)
+    telling_kernel[(1,)](wide.int(), 1 << 40, True, num_warps=4)
 
 for launch in recorded(launch):
     print(json.dumps(compile_one(launch, "a test").broken))
@@ -84,7 +96,7 @@ def test_lines_of_the_table_take_the_worst_of_several_launches() -> None:
     assert cells == ["2", "12", "3", "90", "0", "101000", "0", "8", "0", "3"]
 
 
-def test_kernels_that_spill_or_multiply_fp8_by_hmma_are_refused(tmp_path: Path) -> None:
+def test_kernels_that_spill_multiply_fp8_by_hmma_or_tell_of_rows_too_early_are_refused(tmp_path: Path) -> None:
     """In a process of its own: one that interprets kernels cannot compile them."""
     script = tmp_path / "bad_kernels.py"
     script.write_text(BAD_KERNELS)
@@ -93,6 +105,8 @@ def test_kernels_that_spill_or_multiply_fp8_by_hmma_are_refused(tmp_path: Path) 
     command = [sys.executable, "-P", str(script)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    spilling, narrow = [json.loads(line) for line in done.stdout.splitlines()]
+    spilling, narrow, hasty, patient = [json.loads(line) for line in done.stdout.splitlines()]
     assert any("spills" in reason for reason in spilling)
     assert any("HMMA" in reason for reason in narrow)
+    assert any("barrier" in reason for reason in hasty)
+    assert patient == []
