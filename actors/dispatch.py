@@ -32,6 +32,7 @@ from .shm_pipe import HAS_NATIVE
 from .wire import rows_from
 
 DISPATCH_DEADLINE_S = 30.0  # a prefill chunk on a busy CPU takes seconds; a hung worker must still be told apart
+MAX_ANSWER_BYTES = 64 << 20  # of rows in one message: several must fit what a link may queue
 BIAS_INTERVAL = 16  # steps between two updates of the replica bias and its table
 NUMBER = struct.Struct("<Q")  # how the meta of ROWS begins
 
@@ -229,6 +230,11 @@ class RemoteExperts:
         if owner < 0:
             self._fail(handle, slots)
             return
+        most = max(MAX_ANSWER_BYTES // handle.row_bytes, 1)
+        for first in range(0, len(slots), most):
+            self._send_message(handle, owner, slots[first : first + most])
+
+    def _send_message(self, handle: RemoteHandle, owner: int, slots: Ints) -> None:
         link = self._links[owner]
         assert link is not None, f"the table chose {self._names[owner]}, which has no link"
         number, self._next_id = self._next_id, self._next_id + 1
@@ -261,15 +267,26 @@ class RemoteExperts:
         return self._slots[:num]
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, Received) and event.message.kind == Kind.ROWS:
-            self._on_rows(event.message)
-        elif isinstance(event, Received) and event.message.kind == Kind.NOT_RESIDENT:
-            self._on_not_resident(event.message)
+        if isinstance(event, Received) and event.message.kind in (Kind.ROWS, Kind.NOT_RESIDENT):
+            try:
+                self._on_reply(event.link, event.message)
+            except (ValueError, struct.error) as error:
+                event.link.close(f"{event.link.peer.name} sent a reply that cannot be read: {error}")
+                self._lost(event.link)
         elif isinstance(event, Closed):
             self._lost(event.link)
             self.mail.defer(event)
         else:
             self.mail.defer(event)
+
+    def _on_reply(self, link: Link, message: Message) -> None:
+        part = self._open.get(NUMBER.unpack_from(message.meta)[0])
+        if part is not None and part.link is not link:
+            raise ValueError(f"{part.link.peer.name} was asked")
+        if message.kind == Kind.ROWS:
+            self._on_rows(message)
+        else:
+            self._on_not_resident(message)
 
     def _on_rows(self, message: Message) -> None:
         number, _, queue_ns, compute_ns, held_ns = ROWS.unpack(message.meta)
@@ -279,9 +296,7 @@ class RemoteExperts:
         handle = part.handle
         expected = len(part.slots) * handle.row_bytes
         if len(message.payload) != expected:
-            part.link.close(f"it sent {len(message.payload)} bytes of rows, {expected} were asked for")
-            self._lost(part.link)
-            return
+            raise ValueError(f"{len(message.payload)} bytes of rows, {expected} were asked for")
         if len(part.slots) == len(handle.experts):
             rows = rows_from(message.payload, handle.x.dtype, handle.x.shape[1])
             handle.whole, handle.hold = rows.view(-1, handle.top_k, rows.shape[1]), message
@@ -309,8 +324,10 @@ class RemoteExperts:
         part = self._open.get(number)
         if part is None:
             return
-        self._forget(number, part)
         experts = np.frombuffer(message.payload, dtype=np.int64)
+        if not np.isin(experts, part.handle.experts[part.slots]).all() or not len(experts):  # would ask for ever
+            raise ValueError(f"it has no experts {experts.tolist()}, and was not asked for them")
+        self._forget(number, part)
         self._bias.forget(self._layer_row[part.handle.layer], experts, part.owner)
         self._table = self._bias.table()
         self._send_again(part)

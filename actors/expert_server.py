@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from .direct_answers import DirectAnswers
+from .dispatch import MAX_ANSWER_BYTES
 from .expert_host import ExpertHost, Slice
 from .links import Link, LinkClosed, LinkFull
 from .messages import DISPATCH, ROWS, Kind
@@ -187,4 +188,7 @@ def _job(event: Received, hidden: int, num_experts: int, dtype: torch.dtype, now
         raise ValueError(f"{num_rows} rows of {dtype} announced or wanted, {x.shape[0]} of {x.dtype} sent")
     if not are_sound:
         raise ValueError(f"pairs beyond row {num_rows - 1} or expert {num_experts - 1}")
+    most = MAX_ANSWER_BYTES // (hidden * dtype.itemsize)
+    if not 0 < num_pairs <= max(most, 1):
+        raise ValueError(f"{num_pairs} pairs where 1 to {most} have an answer")
     return Job(event.link, number, layer, phase, Slice(x, payload, num_pairs), now)

@@ -211,7 +211,7 @@ PyObject* take_dispatch(PyObject*, PyObject* const* args, Py_ssize_t count) {
     head.num_pairs = take<uint32_t>(from);
     const uint64_t num_rows = head.num_rows, num_pairs = head.num_pairs, x_bytes = num_rows * row_bytes;
     const uint64_t first_place = head.layer * num_experts;
-    const bool is_plain = head.dtype == dtype && frame.payload_len == 8 * num_pairs + x_bytes &&
+    const bool is_plain = num_pairs && head.dtype == dtype && frame.payload_len == 8 * num_pairs + x_bytes &&
                           x_bytes <= static_cast<uint64_t>(x.size()) &&
                           num_pairs <= static_cast<uint64_t>(std::min(rows.size(), places.size())) &&
                           first_place + num_experts <= static_cast<uint64_t>(places_of.size());

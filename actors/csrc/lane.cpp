@@ -212,11 +212,15 @@ PyObject* lane_write(PyObject* self, PyObject* pieces) {
     Lane& lane = lane_of(self);
     Outgoing& out = lane.out;
     if (!is_open(lane)) return nullptr;
+    if (lane.reserved) {  // whose place must not move: an emptied ring begins anew
+        lane.is_behind = 1;
+        return PyLong_FromLong(0);
+    }
     if (!out.collect_room()) return peer_gone("it gave back more bytes than its ring holds");
     PyObject* iterator = PyObject_GetIter(pieces);
     if (!iterator) return nullptr;
     const uint64_t before = out.written;
-    bool is_full = lane.reserved != 0;
+    bool is_full = false;
     while (PyObject* piece = is_full ? nullptr : PyIter_Next(iterator)) {
         {
             const Span<const char> bytes(piece, PyBUF_SIMPLE);
@@ -251,9 +255,10 @@ PyObject* lane_reserve(PyObject* self, PyObject* const* args, Py_ssize_t count) 
     Lane& lane = lane_of(self);
     const uint64_t head_bytes = number(args[0]), payload_bytes = number(args[1]);
     if (PyErr_Occurred() || !is_open(lane)) return nullptr;
+    if (!lane.is_clear()) Py_RETURN_NONE;
     if (!lane.out.collect_room()) return peer_gone("it gave back more bytes than its ring holds");
     const uint64_t place = lane.out.place(), total = head_bytes + payload_bytes;
-    if (!lane.is_clear() || place + total > lane.out.size || total > lane.out.room()) Py_RETURN_NONE;
+    if (place + total > lane.out.size || total > lane.out.room()) Py_RETURN_NONE;
     lane.reserved = total;
     return PyLong_FromUnsignedLongLong(place + head_bytes);
 }

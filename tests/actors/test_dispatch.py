@@ -157,6 +157,54 @@ def test_a_silent_worker_is_given_up_at_its_deadline(post: Post) -> None:
     assert not post.experts[1].link.closed
 
 
+REPLIES: dict[str, Callable[[int, int], tuple[Kind, bytes, bytes]]] = {
+    "rows whose head is cut": lambda own, _: (Kind.ROWS, ROWS.pack(own, 2, 0, 0, 0)[:20], bytes(24)),
+    "rows without a number": lambda own, _: (Kind.ROWS, b"", bytes(24)),
+    "rows that another was asked for": lambda _, other: (Kind.ROWS, ROWS.pack(other, 2, 0, 0, 0), bytes(24)),
+    "no experts missing": lambda own, _: (Kind.NOT_RESIDENT, ROWS.pack(own, 0, 0, 0, 0), b""),
+    "half an expert missing": lambda own, _: (Kind.NOT_RESIDENT, ROWS.pack(own, 0, 0, 0, 0), bytes(4)),
+    "experts missing that there are not": lambda own, _: (
+        Kind.NOT_RESIDENT,
+        ROWS.pack(own, 0, 0, 0, 0),
+        np.array([-1, 2**40]).tobytes(),
+    ),
+    "what another was asked for missing": lambda _, other: (
+        Kind.NOT_RESIDENT,
+        ROWS.pack(other, 0, 0, 0, 0),
+        np.arange(NUM_EXPERTS).tobytes(),
+    ),
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES.keys())
+def test_a_reply_that_makes_no_sense_costs_its_sender_the_link_and_nobody_a_row(
+    post: Post, reply: Callable[[int, int], tuple[Kind, bytes, bytes]]
+) -> None:
+    experts = remote(post)
+    post.experts[0].is_silent = post.experts[1].is_silent = True
+    handle = experts.dispatch(LAYER, X, TOPK)
+    numbers = {part.link.peer.name: number for number, part in handle.pending.items()}
+    post.experts[0].far.send(*reply(numbers["expert-0"], numbers["expert-1"]))
+    post.experts[1].is_silent = False
+    assert torch.equal(experts.collect(handle), EXPECTED)
+    assert "cannot be read" in str(post.experts[0].link.closed)
+    assert post.experts[1].link.closed is None
+    assert experts.take_failed() == {}
+
+
+def test_an_answer_that_no_link_could_queue_is_asked_for_in_parts(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braid.actors.dispatch.MAX_ANSWER_BYTES", 2 * HIDDEN * 4)
+    experts = remote(post)
+    x, topk = torch.arange(21.0).view(7, HIDDEN), torch.tensor([[0, 3]] * 7)
+    for is_cut in (False, True):
+        if is_cut:
+            post.experts[0].far.close()
+        rows = experts.collect(experts.dispatch(LAYER, x, topk))
+        assert torch.equal(rows, x[:, None] * (topk + 1)[..., None])
+    assert sum(expert.num_asked for expert in post.experts) >= 14
+    assert experts.take_failed() == {}
+
+
 Y = X + 10.0
 OTHER = torch.tensor([[1, 2], [0, 3]])
 OTHER_EXPECTED = Y[:, None] * (OTHER + 1)[..., None]

@@ -10,7 +10,7 @@ import torch
 
 from braid.actors.expert_host import Slice
 from braid.actors.expert_server import PREFILL_PATIENCE_S, Job, jobs_of, next_batch
-from braid.actors.links import Hello, Link
+from braid.actors.links import Hello, Link, Message
 from braid.actors.messages import DISPATCH, Kind
 from braid.actors.reactor import Event, Reactor, Received
 from braid.actors.socket_pipe import SocketPipe
@@ -72,3 +72,15 @@ def test_a_dispatch_that_cannot_be_read_costs_its_sender_the_link_and_nobody_els
     assert [job.link.peer.name for job in jobs] == ["good"]
     assert [name for name, link in links.items() if link.is_closed_here] == ["short", "garbled", "beyond", "narrow"]
     reactor.close()
+
+
+@pytest.mark.parametrize("num_pairs", [0, 5])
+def test_a_dispatch_without_an_answer_that_a_link_could_take_costs_its_sender_the_link(
+    link: Link, num_pairs: int
+) -> None:
+    hidden = 4 << 20  # a row of 16 MiB
+    pairs = np.zeros((2, num_pairs), dtype=np.int32)
+    payload = memoryview(bytearray(pairs.tobytes() + bytes(4 * hidden)))
+    message = Message(Kind.DISPATCH, DISPATCH.pack(7, 1, 1, 0, 0, 1, num_pairs), payload)
+    assert jobs_of([Received(link, message)], hidden, NUM_EXPERTS, torch.float32) == []
+    assert f"{num_pairs} pairs where 1 to 4 have an answer" in str(link.closed)

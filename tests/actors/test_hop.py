@@ -215,6 +215,8 @@ SPECIAL = {
     "a row that there is not": good(row=1),
     "a negative row": good(row=-1),
     "another dtype": good(code=1),
+    "no pairs": good(num_pairs=0),
+    "no pairs of a layer that is not here": good(num_pairs=0, layer=0),
     "too many rows": good(num_rows=5),
     "too many pairs": good(num_pairs=7),
     "less than it says": frame(Kind.DISPATCH, DISPATCH.pack(9, 1, LAYER, 0, 0, 2**32 - 1, 2**32 - 1), b"1234"),

@@ -223,6 +223,24 @@ def test_an_impossible_ring_is_refused(num_bytes: int) -> None:
         Ring.create(num_bytes)
 
 
+@pytest.mark.parametrize("other", ["a write", "another reservation"])
+def test_what_is_reserved_stays_in_its_place_though_the_ring_is_emptied_meanwhile(pair: Pair, other: str) -> None:
+    pair.writer.write([b"before"])
+    payload = pair.writer.reserve(4, 8)
+    assert payload is not None
+    pair.data_arrived()
+    assert pair.read(6) == b"before"
+    if other == "a write":
+        assert pair.writer.write([b"too early"]) == 0
+    else:
+        assert pair.writer.reserve(1, 1) is None
+    payload[:] = b"computed"
+    pair.writer.commit(b"head", 8)
+    pair.writer.write([b"after"])
+    assert pair.reader.look()
+    assert pair.read(64) == b"headcomputedafter"
+
+
 def num_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
