@@ -4,7 +4,7 @@ front -> attention:   SUBMIT, CANCEL               attention -> front:   TOKENS,
 prefill -> decode:    KV_OPEN, KV_LAYER, KV_DONE, KV_ABORT               decode -> prefill: KV_ACCEPTED, KV_REFUSED
 attention -> expert:  DISPATCH                     expert -> attention:  ROWS, NOT_RESIDENT
 attention -> expert:  MAIL_OFFER, MAIL_WAKE        expert -> attention:  MAIL_ACCEPTED, MAIL_REFUSED
-attention -> expert:  PAIR_ASK, PAIRED_DISPATCH    expert -> attention:  PAIR_OFFER, PAIRED_ROWS
+attention -> expert:  PAIR_ASK, PAIR_ENTRY, PAIRED_DISPATCH              expert -> attention:  PAIR_ENTRY, PAIRED_ROWS
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Kind(IntEnum):
     MAIL_REFUSED = 32
     MAIL_WAKE = 33
     PAIR_ASK = 40
-    PAIR_OFFER = 41
+    PAIR_ENTRY = 41  # what the other end must know to join
     PAIRED_DISPATCH = 42  # as DISPATCH, but the rows of x go through the pair
     PAIRED_ROWS = 43  # as ROWS, but the rows go through the pair
 

@@ -2,22 +2,20 @@
 
 A link keeps its control messages; the rows of a message go through its pair, and are asked for there in the order in
 which the messages come. A pair has a communicator for each direction: NCCL runs the operations of one in order, so two
-sends that meet in one would wait for each other. The expert side keeps the store where the two find each other, and
-tells of it over the link, which has proved who is there; store and communicators prove nothing, so they belong on a
-network that only the cluster's hosts are on. Whatever fails or comes too late ends the pair, and no other one.
+sends that meet in one would wait for each other. The two ends find each other by what they tell over the link
+(`pair_store.py`), which has proved who is there. Whatever fails or comes too late ends the pair, and no other one.
 
-On CUDA devices it is NCCL's, else gloo's. The NCCL half has not met two GPUs.
+On CUDA devices it is NCCL's, else gloo's. The NCCL half has not met two GPUs. NCCL's bootstrap lets in who knows the
+random number of 64 bits in the communicator's id, which goes over the link; its transports' sockets, and all of gloo's,
+which serve tests, ask for nothing that is secret. They belong on a network that only the cluster's hosts are on.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -26,59 +24,47 @@ import torch.distributed
 from torch import Tensor
 
 from .links import DialFailed, LinkClosed, LinkError
+from .pair_store import PairStore
 
-c10d: Any = torch.distributed  # which does not say that its stores and groups are its own
-Store = Any
+c10d: Any = torch.distributed  # which does not say that its groups are its own
 EXPERT, ATTENTION = 0, 1  # ranks
 POLL_S = 50e-6
+# Read by the constructor of torch's groups and by NCCL. Otherwise torch's watchdog, or a monitor of that one, ends the
+# whole process with a pair that breaks or hangs, and NCCL opens a port to whoever asks how it is.
+SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "NCCL_RAS_ENABLE": "0",
+}
 
 
 class PairTimeout(LinkError):
     """The peer is linked and silent. What was on its way is lost with the pair: make another, or ask somebody else."""
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """Where a pair can be joined, once. It goes over the link."""
+def join(peer: str, rank: int, store: PairStore, host: str, device: torch.device, timeout_s: float) -> RowPair:
+    """One end, when the other one is there too. `host`: an address of this machine, or its name.
 
-    host: str
-    port: int
-    key: str
-
-
-class OfferedPair:
-    """The expert side's half until the other one has come. `host`: an address of this machine, or its name."""
-
-    def __init__(self, peer: str, host: str, device: torch.device, timeout_s: float) -> None:
-        listener = socket.create_server((host, 0))
-        self.offer = Offer(host, listener.getsockname()[1], secrets.token_hex(16))
-        self._peer, self._device, self._timeout_s = peer, device, timeout_s
-        self._store = _store(self.offer, timeout_s, listener.detach())
-
-    def accept(self) -> RowPair:
-        """Waits for the other side to join, `timeout_s` at most. Raises DialFailed."""
-        with _dialing(self._peer):
-            return RowPair(self._peer, self.offer, self._store, EXPERT, self._device, self._timeout_s)
-
-
-def join(peer: str, offer: Offer, host: str, device: torch.device, timeout_s: float) -> RowPair:
-    """The attention side's half; `host` as for the other. Raises DialFailed after `timeout_s`."""
+    Raises DialFailed when the other has not told what it must within `timeout_s`, or the store is closed.
+    """
     with _dialing(peer):
-        store = _store(offer, timeout_s)
-        return RowPair(peer, Offer(host, offer.port, offer.key), store, ATTENTION, device, timeout_s)
+        return RowPair(peer, rank, store, host, device, timeout_s)
 
 
 class RowPair:
     """One end. Used by one thread, but for `close`."""
 
-    def __init__(self, peer: str, here: Offer, store: Store, rank: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, peer: str, rank: int, store: PairStore, host: str, device: torch.device, timeout_s: float
+    ) -> None:
         self.peer = peer
         self.closed: str | None = None
         self._rank = rank
         self._device = device
-        self._store = store  # NCCL looks into it as long as it lives
+        self._store = store  # torch's groups do not keep what of it is Python's
         self._groups = [
-            _communicator(c10d.PrefixStore(f"{here.key}/from {sender}", store), rank, here.host, device, timeout_s)
+            _communicator(c10d.PrefixStore(f"from {sender}", store), rank, host, device, timeout_s)
             for sender in (EXPERT, ATTENTION)
         ]
 
@@ -94,7 +80,7 @@ class RowPair:
         """Frees the communicators; with NCCL whoever waits for one of them, here or on the device, is let go."""
         if self.closed is None:
             self.closed = reason
-            groups, self._groups, self._store = self._groups, [], None
+            groups, self._groups = self._groups, []
             if self._device.type == "cuda":
                 groups[0]._group_start()  # torch wants several ended as one
                 for group in groups:
@@ -157,19 +143,7 @@ class Transfer:
         return True
 
 
-def _store(offer: Offer, timeout_s: float, listener: int | None = None) -> Store:
-    """With a listening socket's descriptor the store is kept here, else it is that of the offer."""
-    return c10d.TCPStore(
-        offer.host,
-        offer.port,
-        is_master=listener is not None,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener,
-    )
-
-
-def _communicator(store: Store, rank: int, host: str, device: torch.device, timeout_s: float) -> Any:
+def _communicator(store: Any, rank: int, host: str, device: torch.device, timeout_s: float) -> Any:
     if device.type == "cuda":
         group = _nccl(store, rank, timeout_s)
         group.eager_connect_single_device(device)
@@ -182,9 +156,8 @@ def _communicator(store: Store, rank: int, host: str, device: torch.device, time
     return gloo(store, rank, 2, options)
 
 
-def _nccl(store: Store, rank: int, timeout_s: float) -> Any:
-    # Read by the constructor. Otherwise torch's watchdog ends the whole process with a pair that breaks.
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+def _nccl(store: Any, rank: int, timeout_s: float) -> Any:
+    os.environ.update(SETTINGS)
     nccl = c10d.ProcessGroupNCCL  # only builds of torch for CUDA have it
     options = nccl.Options()
     options._timeout = timedelta(seconds=timeout_s)

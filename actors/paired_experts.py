@@ -24,8 +24,9 @@ from ..router.replica_bias import ReplicaBias
 from .dispatch import NUMBER, Mail, RemoteExperts
 from .hops import Part, RemoteHandle
 from .links import DialFailed, Link, LinkClosed, LinkError, LinkFull, Message
-from .messages import DISPATCH, ROWS, Kind, unpack
-from .nccl_pair import Offer, RowPair, Transfer, join
+from .messages import DISPATCH, ROWS, Kind
+from .nccl_pair import ATTENTION, RowPair, Transfer, join
+from .pair_store import PairStore
 from .pairs import Ints, encode_pairs
 from .reactor import Closed, Event, Received
 from .row_buffers import RowBuffer, RowBuffers
@@ -77,6 +78,7 @@ class PairedExperts(RemoteExperts):
         self._device, self._host, self._host_id = device, host, host_id
         self._map: ExpertMap | None = None
         self._pairs: dict[Link, RowPair | None] = {}  # None: asked for
+        self._stores: dict[Link, PairStore] = {}  # of those that have answered
         self._joined: SimpleQueue[tuple[Link, RowPair]] = SimpleQueue()
         self._unfit: set[tuple[str, int]] = set()  # lives whose pair broke while their link held
         self._sent: dict[int, tuple[Link, Transfer]] = {}  # by number, until it is answered, wanted or not
@@ -96,10 +98,8 @@ class PairedExperts(RemoteExperts):
         """An event of any link, between passes."""
         if isinstance(event, Closed):
             self._lost(event.link)
-        elif isinstance(event, Received) and event.message.kind == Kind.PAIR_OFFER:
-            if event.link in self._pairs:
-                offer, name = (event.link, event.message.meta), f"pair-{event.link.peer.name}"
-                threading.Thread(target=self._join, args=offer, name=name, daemon=True).start()
+        elif isinstance(event, Received) and event.message.kind == Kind.PAIR_ENTRY:
+            self._on_pair_entry(event.link, event.message)
         elif isinstance(event, Received) and event.message.kind == Kind.PAIRED_ROWS:
             self._on_paired_rows(event.link, event.message)
         elif isinstance(event, Received) and event.message.kind == Kind.NOT_RESIDENT:
@@ -123,11 +123,26 @@ class PairedExperts(RemoteExperts):
             link.send(Kind.PAIR_ASK, b"")
             self._pairs[link] = None
 
-    def _join(self, link: Link, meta: bytes) -> None:
+    def _on_pair_entry(self, link: Link, message: Message) -> None:
+        """The first one says that there will be a pair."""
+        if link not in self._pairs:
+            return
+        store, name = self._stores.get(link), link.peer.name
+        if store is None:
+            store = PairStore(name, lambda meta: link.send(Kind.PAIR_ENTRY, meta), JOIN_TIMEOUT_S)
+            self._stores[link] = store
+            threading.Thread(target=self._join, args=(link, store), name=f"pair-{name}", daemon=True).start()
+        try:
+            store.hear(message.meta)
+        except ValueError as error:
+            link.close(f"{name} sent an entry that cannot be read: {error}")
+            self._lost(link)
+
+    def _join(self, link: Link, store: PairStore) -> None:
         """On a thread of its own: the other side may take its time."""
         try:
-            pair = join(link.peer.name, Offer(**unpack(meta)), self._host, self._device, JOIN_TIMEOUT_S)
-        except (DialFailed, TypeError, ValueError) as error:
+            pair = join(link.peer.name, ATTENTION, store, self._host, self._device, JOIN_TIMEOUT_S)
+        except DialFailed as error:
             log.warning("rows for %s go through host memory: %s", link.peer.name, error)
         else:
             self._joined.put((link, pair))
@@ -180,6 +195,8 @@ class PairedExperts(RemoteExperts):
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Received) and event.message.kind == Kind.PAIRED_ROWS:
             self._on_paired_rows(event.link, event.message)
+        elif isinstance(event, Received) and event.message.kind == Kind.PAIR_ENTRY:
+            self._on_pair_entry(event.link, event.message)
         else:
             super()._on_event(event)
 
@@ -219,7 +236,9 @@ class PairedExperts(RemoteExperts):
 
     def _drop(self, link: Link) -> None:
         """Both ends of a pair count its messages: a pair that is in doubt is of no use, nor is its link."""
-        pair = self._pairs.pop(link)
+        pair, store = self._pairs.pop(link), self._stores.pop(link, None)
+        if store is not None:
+            store.close("its link is closed")
         if pair is None:
             return
         if pair.closed is not None and link.closed is None:

@@ -11,8 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import torch
@@ -24,8 +23,9 @@ from .dispatch import DISPATCH_DEADLINE_S
 from .expert_host import ExpertHost, Slice
 from .expert_server import ExpertServer, Job, next_batch, rows_meta
 from .links import DialFailed, Link, LinkClosed, LinkError, LinkFull
-from .messages import DISPATCH, Kind, pack
-from .nccl_pair import OfferedPair, RowPair
+from .messages import DISPATCH, Kind
+from .nccl_pair import EXPERT, RowPair, join
+from .pair_store import PairStore
 from .paired_experts import JOIN_TIMEOUT_S
 from .pairs import are_within
 from .reactor import Closed, Event, Received
@@ -40,7 +40,7 @@ Item = Job | Tensor | None  # what is to be received, what is to be sent; None: 
 @dataclass(slots=True)
 class Asker:
     link: Link
-    offered: OfferedPair
+    store: PairStore
     items: SimpleQueue[Item] = field(default_factory=SimpleQueue)
     pair: RowPair | None = None  # once both ends are there
 
@@ -92,41 +92,43 @@ class PairedServer(ExpertServer):
         if isinstance(event, Closed) and asker is not None:
             del self._askers[event.link]
             asker.items.put(None)
+            asker.store.close("its link is closed")
             if asker.pair is not None:
                 asker.pair.close("its link is closed")
         elif isinstance(event, Received) and event.message.kind == Kind.PAIR_ASK and asker is None:
-            self._offer(event.link)
+            self._begin(event.link)
+        elif isinstance(event, Received) and event.message.kind == Kind.PAIR_ENTRY and asker is not None:
+            try:
+                asker.store.hear(event.message.meta)
+            except ValueError as error:
+                event.link.close(f"{event.link.peer.name} sent an entry that cannot be read: {error}")
         elif isinstance(event, Received) and event.message.kind == Kind.PAIRED_DISPATCH:
             try:
                 self._take(event, asker)
             except (ValueError, KeyError, struct.error) as error:
                 event.link.close(f"{event.link.peer.name} sent a dispatch that cannot be read: {error}")
 
-    def _offer(self, link: Link) -> None:
-        try:
-            offered = OfferedPair(link.peer.name, self._address, self._device, JOIN_TIMEOUT_S)
-        except (OSError, RuntimeError) as error:
-            log.warning("no pair for %s: %s", link.peer.name, error)
-            return
-        asker = self._askers[link] = Asker(link, offered)
+    def _begin(self, link: Link) -> None:
+        store = PairStore(link.peer.name, lambda meta: link.send(Kind.PAIR_ENTRY, meta), JOIN_TIMEOUT_S)
+        asker = self._askers[link] = Asker(link, store)
         threading.Thread(target=self._exchange, args=(asker,), name=f"pair-{link.peer.name}", daemon=True).start()
-        with suppress(LinkClosed, LinkFull):
-            link.send(Kind.PAIR_OFFER, pack(asdict(offered.offer)))
 
     def _take(self, event: Received, asker: Asker | None) -> None:
         number, _, layer, phase, code, num_rows, num_pairs = DISPATCH.unpack(event.message.meta)
         payload = event.message.payload
         are_sound = are_within(payload, num_pairs, num_rows, self._num_experts)
-        if asker is None or DTYPES[code] != self._dtype or not num_rows <= num_pairs or not are_sound:
+        if asker is None or DTYPES[code] != self._dtype or not 0 < num_rows <= num_pairs or not are_sound:
             raise ValueError(f"{num_rows} rows of {DTYPES[code]} for {num_pairs} pairs, {self._dtype} wanted")
         x = torch.empty(num_rows, self._hidden, dtype=self._dtype, device=self._device)
         asker.items.put(Job(event.link, number, layer, phase, Slice(x, payload, num_pairs), time.monotonic()))
 
     def _exchange(self, asker: Asker) -> None:
         """The life of a pair, on its own thread."""
+        name = asker.link.peer.name
         try:
             with torch.inference_mode():
-                asker.pair = pair = asker.offered.accept()
+                pair = join(name, EXPERT, asker.store, self._address, self._device, JOIN_TIMEOUT_S)
+                asker.pair = pair
                 while (item := asker.items.get()) is not None:
                     if isinstance(item, Job):
                         pair.receive(item.part.x).wait(DISPATCH_DEADLINE_S)

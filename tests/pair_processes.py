@@ -4,22 +4,52 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 import torch
 
-from braid.actors.nccl_pair import Offer, OfferedPair, join
+from braid.actors.links import LinkClosed
+from braid.actors.nccl_pair import ATTENTION, EXPERT, RowPair, join
+from braid.actors.pair_store import PairStore
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
 LONG_S = 30.0
 
 
-def serve(conn: Connection, name: str) -> None:
-    """An expert worker: offers a pair, then sends back twice what comes. `conn` is what a link's messages are."""
+def joined(
+    peer: str, rank: int, conn: Connection, timeout_s: float = LONG_S, heard: Callable[[], object] = lambda: None
+) -> RowPair:
+    """`conn` is what a link is: it brings entries until the pair is there. `heard`: called before one is passed on."""
+
+    def tell(entry: bytes) -> None:
+        try:
+            conn.send_bytes(entry)
+        except OSError as error:
+            raise LinkClosed(f"the link to {peer} is closed: {error}") from error
+
+    store = PairStore(peer, tell, timeout_s)
+    with ThreadPoolExecutor(1) as pool:
+        pair, is_open = pool.submit(join, peer, rank, store, HOST, CPU, timeout_s), True
+        while is_open and not pair.done():
+            try:
+                if conn.poll(0.001):
+                    entry = conn.recv_bytes()
+                    heard()
+                    store.hear(entry)
+            except (EOFError, OSError):
+                store.close("its link is closed")
+                is_open = False
+        return pair.result()
+
+
+def serve(conn: Connection, name: str, rank: int) -> None:
+    """A worker: joins a pair when it is told to, then sends back twice what comes."""
     torch.set_num_threads(1)
-    offered = OfferedPair("attention-0", HOST, CPU, LONG_S)
-    conn.send(offered.offer)
-    pair = offered.accept()
+    conn.send("here")
+    conn.recv()
+    pair = joined("attention-0", rank, conn)
     while num_rows := conn.recv():
         rows = torch.empty(num_rows, 16, dtype=torch.bfloat16)
         pair.receive(rows).wait(LONG_S)
@@ -27,16 +57,35 @@ def serve(conn: Connection, name: str) -> None:
     conn.send(name)
 
 
-class Peer:
-    def __init__(self, name: str) -> None:
+class Process:
+    """One that is not joined yet."""
+
+    def __init__(self, name: str, rank: int = EXPERT) -> None:
         context = multiprocessing.get_context("spawn")
         self.conn, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, name, rank), daemon=True)
         self.process.start()
         theirs.close()
-        self.name = name
-        self.offer: Offer = self.conn.recv()
-        self.pair = join(name, self.offer, HOST, CPU, LONG_S)
+        self.name, self._rank = name, rank
+        self.conn.recv()
+
+    def join(self, timeout_s: float = LONG_S, heard: Callable[[], object] = lambda: None) -> RowPair:
+        self.conn.send("join")
+        return joined(self.name, ATTENTION if self._rank == EXPERT else EXPERT, self.conn, timeout_s, heard)
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(LONG_S)
+
+
+class Peer(Process):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.pair = self.join()
 
     def ask(self, num_rows: int, timeout_s: float = LONG_S) -> torch.Tensor:
         self.conn.send(num_rows)
@@ -47,11 +96,6 @@ class Peer:
         assert torch.equal(answer, rows * 2)
         return answer
 
-    def signal(self, number: int) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
     def end(self) -> None:
         self.pair.close()
-        self.process.kill()
-        self.process.join(LONG_S)
+        super().end()

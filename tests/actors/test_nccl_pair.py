@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from pair_processes import CPU, HOST, LONG_S, Peer
+from pair_processes import CPU, HOST, LONG_S, Peer, Process
 
 from braid.actors.links import DialFailed, LinkClosed
-from braid.actors.nccl_pair import OfferedPair, PairTimeout, RowPair, join
+from braid.actors.messages import pack
+from braid.actors.nccl_pair import ATTENTION, EXPERT, PairTimeout, RowPair, join
+from braid.actors.pair_store import MAX_ENTRIES, PairStore
 
 
 @pytest.fixture
@@ -44,7 +47,8 @@ def test_one_dies_and_the_other_goes_on_and_a_new_life_gets_a_new_pair(make: Cal
         first.pair.send(torch.zeros(1, 16))
     second.ask(50)
     again = make("expert-0")
-    assert again.offer != first.offer
+    assert again.pair is not first.pair
+    assert first.pair.closed
     again.ask(7)
     second.ask(8)
     second.conn.send(0)
@@ -63,21 +67,98 @@ def test_a_peer_that_hangs_costs_its_pair_when_the_deadline_passes(make: Callabl
 
 
 def test_nobody_comes_or_nobody_is_there() -> None:
-    offered = OfferedPair("attention-0", HOST, CPU, timeout_s=0.3)
-    with pytest.raises(DialFailed, match="no pair with attention-0"):
-        offered.accept()
-    gone = offered.offer
-    del offered
-    with pytest.raises(DialFailed, match="no pair with expert-0"):
-        join("expert-0", gone, HOST, CPU, timeout_s=0.3)
+    store = PairStore("attention-0", lambda entry: None, timeout_s=0.3)
+    with pytest.raises(DialFailed, match=r"no pair with attention-0: silent for 0.3 s"):
+        join("attention-0", EXPERT, store, HOST, CPU, timeout_s=0.3)
+
+    def refuse(entry: bytes) -> None:
+        raise LinkClosed("the link to expert-0 is closed: it died")
+
+    with pytest.raises(DialFailed, match="no pair with expert-0: the link to expert-0 is closed: it died"):
+        join("expert-0", ATTENTION, PairStore("expert-0", refuse, LONG_S), HOST, CPU, LONG_S)
+
+
+@pytest.mark.parametrize(("last", "rank"), [(0, EXPERT), (1, ATTENTION), (2, EXPERT)])
+def test_a_peer_that_is_killed_while_the_two_find_each_other(last: int, rank: int) -> None:
+    """`last`: the entry of its with which it dies; before all, at 0."""
+    peer, count = Process("worker-0", rank), 0
+
+    def heard() -> None:
+        nonlocal count
+        count += 1
+        if count == last:
+            peer.signal(signal.SIGKILL)
+            peer.process.join(LONG_S)
+
+    if not last:
+        peer.signal(signal.SIGSTOP)
+        threading.Timer(0.1, peer.signal, (signal.SIGKILL,)).start()
+    begun = time.monotonic()
+    with pytest.raises((DialFailed, LinkClosed), match="worker-0"):
+        peer.join(timeout_s=1.0, heard=heard).receive(torch.zeros(1)).wait(LONG_S)
+    assert time.monotonic() - begun < LONG_S / 2
+    peer.end()
+
+
+def stores() -> tuple[PairStore, PairStore]:
+    """Each hears what the other tells."""
+    first = PairStore("expert-0", lambda entry: second.hear(entry), LONG_S)
+    second = PairStore("attention-0", first.hear, LONG_S)
+    return first, second
+
+
+def test_no_store_listens() -> None:
+    """Law 10: nobody can reach it but by the link."""
+    before = sockets()
+    ours, theirs = stores()
+    ours.set("here", b"1")
+    assert theirs.get("here") == b"1"
+    assert theirs.check(["here"])
+    assert not theirs.check(["here", "there"])
+    assert sockets() == before
+
+
+def sockets() -> list[str]:
+    return sorted(link for fd in os.listdir("/proc/self/fd") if (link := _link_of(fd)).startswith("socket:"))
+
+
+def _link_of(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:  # that of the listing
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (pack(["key"]), "is no entry: ValueError.'not enough values"),
+        (pack([1, b"value"]), "text"),
+        (pack(["key", "value"]), "text"),
+        (pack(["key", bytes(1 << 16)]), "at most 65536 bytes"),
+        (pack(3), "is no entry: TypeError"),
+        (b"\xc1", r"b'\\xc1' of 1 bytes is no entry"),
+    ],
+)
+def test_what_is_no_entry_is_refused(entry: bytes, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        PairStore("expert-0", lambda entry: None, LONG_S).hear(entry)
+
+
+def test_entries_are_bounded() -> None:
+    store = PairStore("expert-0", lambda entry: None, LONG_S)
+    for number in range(MAX_ENTRIES):
+        store.hear(pack([str(number), b""]))
+    with pytest.raises(ValueError, match="expert-0 has sent more than 64 entries"):
+        store.hear(pack(["more", b""]))
 
 
 def both() -> tuple[RowPair, RowPair]:
     """Both ends in this process."""
-    offered = OfferedPair("attention-0", HOST, CPU, LONG_S)
+    ours, theirs = stores()
     with ThreadPoolExecutor(1) as pool:
-        accepted = pool.submit(offered.accept)
-        return join("expert-0", offered.offer, HOST, CPU, LONG_S), accepted.result()
+        accepted = pool.submit(join, "attention-0", EXPERT, theirs, HOST, CPU, LONG_S)
+        return join("expert-0", ATTENTION, ours, HOST, CPU, LONG_S), accepted.result()
 
 
 def test_what_was_on_its_way_when_a_pair_was_closed_is_not_waited_for() -> None:

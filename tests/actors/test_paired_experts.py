@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from paired_processes import CPU, HIDDEN, HOST, LAYERS, LONG_S, NUM_EXPERTS, TOP
 from torch import Tensor
 
 from braid.actors.links import Message
-from braid.actors.messages import ROWS, Kind
+from braid.actors.messages import ROWS, Kind, pack
 from braid.actors.paired_experts import PairedExperts
 from braid.actors.reactor import Event, Reactor, Received
 from braid.actors.staging import StagedExperts
@@ -55,14 +56,17 @@ class Attention:
 
     def join(self) -> None:
         """Serves until every worker has a pair."""
+        self.serve(lambda: num_paired(self) < len(NAMES))
+        assert self.remote.is_paired
+
+    def serve(self, is_waiting: Callable[[], bool]) -> None:
         until = time.monotonic() + LONG_S
-        while num_paired(self) < len(NAMES):
-            assert time.monotonic() < until, "no pairs"
+        while is_waiting():
+            assert time.monotonic() < until, "nothing came"
             events, self.deferred = self.deferred + self.reactor.poll(0.01), []
             for event in events:
                 self.remote.hear(event)
             self.remote.end_step()
-        assert self.remote.is_paired
 
     def batch(self, rows: int, layer: int) -> tuple[int, Tensor, Tensor]:
         x = torch.randn(rows, HIDDEN, generator=GENERATOR).bfloat16()
@@ -158,6 +162,36 @@ def test_who_has_no_pair_any_more_gets_a_copy_over_its_link(attention: Attention
     attention.proved(30)
     assert link.bytes_sent - sent > 8 * HIDDEN * 2
     pair.close()
+
+
+def entry(meta: bytes) -> Message:
+    return Message(Kind.PAIR_ENTRY, meta, memoryview(b""))
+
+
+def test_who_waits_for_a_pair_is_let_go_with_its_link(workers: list[PairedWorker], attention: Attention) -> None:
+    workers[0].signal(signal.SIGSTOP)
+    try:
+        attention.set_map(replicas=2)
+        link = attention.links[NAMES[0]]
+        attention.remote.hear(Received(link, entry(pack(["the first", b""]))))
+        [joining] = [thread for thread in threading.enumerate() if thread.name == f"pair-{NAMES[0]}"]
+        link.close("a fault")
+        attention.serve(lambda: link in attention.remote._pairs)
+        joining.join(LONG_S / 2)
+        assert not joining.is_alive()
+        assert link not in attention.remote._stores
+    finally:
+        workers[0].signal(signal.SIGCONT)
+
+
+def test_an_entry_that_cannot_be_read_ends_its_link_on_either_side(attention: Attention) -> None:
+    attention.set_map(replicas=2)
+    ours, theirs = attention.links.values()
+    attention.remote.hear(Received(ours, entry(b"\xc1")))
+    assert "expert-0 sent an entry that cannot be read" in str(ours.closed)
+    theirs.send(Kind.PAIR_ENTRY, b"\xc1")
+    attention.serve(lambda: not theirs.closed)
+    assert theirs.closed == "expert-1 is gone: its end of the link closed"
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
