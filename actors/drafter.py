@@ -20,7 +20,7 @@ from ..model.deepseek import OnLayer, Segment
 from ..model.kv_cache import BLOCK_SIZE
 from ..model.mtp import MtpModule
 from ..model.sampler import Ask, NothingToSample, RowSampler, sampler_for
-from ..model.to_device import on_device
+from ..model.to_device import Numbers, on_device
 from .sequence import Sequence
 from .speculation import Acceptance, Speculation
 
@@ -128,6 +128,7 @@ class Drafter:
         self.num_drafted = 0
         self.num_accepted = 0
         self._module_s = 0.0
+        self._next_ids, self._logit_rows = Numbers(), Numbers()
 
     def verified(self, sequence: Sequence, num_drafted: int, num_reached: int, num_accepted: int) -> None:
         """Of the drafts of one step, how many there were, were looked at before the sequence ended, and have stayed."""
@@ -184,10 +185,10 @@ class Drafter:
     def _run(self, pending: Pass, on_layer: OnLayer | None) -> list[tuple[Sequence, Rows]]:
         """Appends a draft to each wanted sequence that gets one; returns these with their rows of the output."""
         started = time.perf_counter()
-        is_decode = all(segment.absorbed for segment in pending.segments)
-        self.experts.phase = 0 if any(segment.absorbed for segment in pending.segments) else 1
-        logit_rows = torch.tensor([row for _, row in pending.wanted], dtype=torch.int64)
-        next_ids = torch.tensor(pending.next_ids, dtype=torch.int64)
+        forms = {segment.absorbed for segment in pending.segments}
+        self.experts.phase = 0 if True in forms else 1
+        next_ids = self._next_ids.put(pending.next_ids)
+        logit_rows = self._logit_rows.put([row for _, row in pending.wanted])
         try:
             drafted = self.module.draft(_gathered(pending.hidden), next_ids, pending.segments, logit_rows, on_layer)
         finally:
@@ -201,7 +202,7 @@ class Drafter:
                 guessed.append((sequence, (drafted.hidden, place, 1)))
         if self.experts.may_redo:
             self.experts.is_settled()  # what was lost here costs drafts only
-        if is_decode:
+        if False not in forms:
             self.speculation.draft_costs.observe(len(next_ids), time.perf_counter() - started)
         return guessed
 
@@ -209,14 +210,18 @@ class Drafter:
         return (self._ask(place, sequence) for place, (sequence, _) in enumerate(pending.wanted))
 
     def _ask(self, place: int, sequence: Sequence) -> Ask:
-        ahead, params = len(sequence.drafts), sequence.params
-        banned = params.banned_ids(sequence.num_generated + ahead, self.config.eos_token_ids)
-        return Ask(place, params, len(sequence.tokens) + ahead, banned)
+        return Ask(place, sequence.params, len(sequence.tokens) + len(sequence.drafts), self._banned(sequence))
+
+    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
+        params, ahead = sequence.params, len(sequence.drafts)
+        if not params.min_tokens:
+            return ()
+        return params.banned_ids(sequence.num_generated + ahead, self.config.eos_token_ids)
 
     def _guess(self, sampler: RowSampler, place: int, sequence: Sequence) -> int | None:
-        ask = self._ask(place, sequence)
+        position = len(sequence.tokens) + len(sequence.drafts)
         try:
-            return sampler.choose(place, ask.params, ask.position, ask.banned)
+            return sampler.choose(place, sequence.params, position, self._banned(sequence))
         except NothingToSample:
             return None
 
@@ -234,7 +239,9 @@ class Drafter:
 
 def _gathered(pieces: list[Rows]) -> Tensor:
     """[N, H]: all the rows, one piece after the other."""
-    hidden = pieces[0][0]
+    hidden, begin, num = pieces[0]
+    if len(pieces) == 1:
+        return hidden if num == len(hidden) else hidden[begin : begin + num]
     if any(other is not hidden for other, _, _ in pieces):
         return torch.cat([rows[first : first + num] for rows, first, num in pieces])
     rows = [row for _, first, num in pieces for row in range(first, first + num)]

@@ -50,7 +50,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._rows: list[int] = []  # ascending
-        self._mean: dict[int, float] = {}
+        self._mean: dict[float, float] = {}
         self._count: dict[int, int] = {}
 
     def observe(self, num_rows: int, seconds: float) -> None:
@@ -69,6 +69,8 @@ class Costs:
     def at(self, num_rows: float) -> float:
         if not self._rows:
             return 0.0
+        if (seen := self._mean.get(num_rows)) is not None:
+            return seen
         place = bisect_left(self._rows, num_rows)
         if place == len(self._rows):
             return self._mean[self._rows[-1]]

@@ -113,6 +113,17 @@ def write_latents(
     rope: int,
     /,
 ) -> None: ...
+def gather(
+    table: int,
+    stride_bytes: int,
+    table_rows: int,
+    rows: int,
+    out: int,
+    out_stride_bytes: int,
+    count: int,
+    row_bytes: int,
+    /,
+) -> None: ...
 def rope(
     element_size: int,
     x: int,

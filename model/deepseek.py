@@ -27,8 +27,8 @@ OnLayer = Callable[[int], None]
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of all segments, one after the other. `logit_rows`: int64, the rows whose logits are wanted. Both tensors in
-    host memory.
+    """Rows of all segments, one after the other. `logit_rows`: int64, the rows whose logits are wanted, ascending.
+    Both tensors in host memory.
 
     `wants_hidden`: whether the hidden rows of the others are too; else they may end with the last layer's latents.
     """
@@ -179,7 +179,7 @@ class DeepSeekModel:
             self._buffers.append(StepBuffers(self.config, self.cache.dtype, self._ops))
         part = MicroBatch.of(segments, self.config, self._ops, self.rope, self._buffers[index], first_row)
         own_ids = on_device(token_ids[first_row : first_row + part.rows.x.shape[0]], self._ops.device)
-        torch.index_select(self._weights.embed_tokens, 0, own_ids, out=part.rows.x)
+        self._ops.gather(self._weights.embed_tokens, own_ids, part.rows.x)
         return part
 
     def _output(self, parts: list[MicroBatch], num_rows: int, batch: Batch) -> ForwardOutput:
@@ -190,6 +190,6 @@ class DeepSeekModel:
             own = hidden[part.first_row : part.first_row + part.rows.x.shape[0]]
             part.norm(self._ops, self._weights.norm, self.config.rms_norm_eps, own)
         wanted = hidden
-        if num_rows == len(batch.token_ids):
+        if num_rows == len(batch.token_ids) > len(batch.logit_rows):
             wanted = hidden.index_select(0, on_device(batch.logit_rows, device))
         return ForwardOutput(self._ops.wide_linear(wanted, self._weights.lm_head), hidden)

@@ -41,7 +41,7 @@ class MicroBatch:
         if plan.shape is not None:
             buffers.absorbed(plan.shape[0])  # its memory must not move while calls are noted
         rows = buffers.rows(len(plan.positions))
-        rope.fill(plan.positions, rows.cos, rows.sin)
+        rope.fill(plan.positions, rows.cos, rows.sin, ops.gather)
         return cls(buffers, rows, plan, first_row)
 
     def run(self, name: Hashable, work: Callable[[], object]) -> None:

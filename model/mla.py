@@ -91,26 +91,27 @@ def _plan_absorbed(
     """Few rows, in every decode step: written one by one into memory that stays, which is quicker than whole arrays."""
     num_rows = sum(segment.num for segment in segments)
     fixed = buffers.decode_inputs(num_rows, max(blocks_for(segment.start + segment.num) for segment in segments))
-    host, there = fixed.written, fixed.read
-    positions, slots, tables = host.positions.numpy(), host.slots.numpy(), host.block_tables.numpy()
-    firsts, row = host.firsts.numpy(), 0
+    row = 0
     for segment in segments:
         table, end = segment.block_table, segment.start + segment.num
         width = blocks_for(end)
         assert len(table) >= width, f"{len(table)} blocks do not reach position {end - 1}"
-        tables[row : row + segment.num, :width] = table[:width]
-        firsts[row : row + segment.num] = row
+        first, own_table = row, table[:width]
         for position in range(segment.start, end):
-            positions[row] = position
-            slots[row] = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            slot = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            fixed.write(row, position, slot, first)
+            fixed.write_table(row, own_table)
             row += 1
-    if there is not host:
-        send(host.numbers, there.numbers)
-    plan = ops.plan_decode(there.positions, there.block_tables, there.firsts, num_heads, latent_dim, fixed.plan)
-    if there is not host:
-        fixed.plan = plan
-    run = Run(slice(0, num_rows), True, plan)
-    return AttentionPlan(there.positions, there.slots, (run,), (num_rows, there.block_tables.shape[1]))
+    there = fixed.read
+    if there is not fixed.written:
+        send(fixed.written.numbers, there.numbers)
+    before = None if fixed.plan is None else fixed.plan.runs[0].plan
+    plan = ops.plan_decode(there.positions, there.block_tables, there.firsts, num_heads, latent_dim, before)
+    if plan is not before:
+        run = Run(slice(0, num_rows), True, plan)
+        fixed.plan = AttentionPlan(there.positions, there.slots, (run,), (num_rows, there.block_tables.shape[1]))
+    made: AttentionPlan = fixed.plan
+    return made
 
 
 def _runs(segments: Sequence[Segment]) -> Iterator[tuple[bool, int]]:

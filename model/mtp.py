@@ -28,7 +28,8 @@ from .to_device import on_device
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """Of the rows asked for. logits: fp32 [R, vocab]; hidden: [R, H] after the head's norm, to draft on from."""
+    """Of the rows asked for. logits: fp32 [R, vocab]; hidden: [R, H] after the head's norm, to draft on from, which the
+    next pass overwrites."""
 
     logits: Tensor
     hidden: Tensor
@@ -63,7 +64,8 @@ class MtpModule:
         logit_rows: Tensor,
         on_layer: OnLayer | None = None,
     ) -> Drafted:
-        """hidden: [N, H] of the segments' positions, next_ids: int64 [N], the token after each, logit_rows: int64 [R].
+        """hidden: [N, H] of the segments' positions, next_ids: int64 [N], the token after each, logit_rows: int64 [R],
+        ascending.
 
         `on_layer` is called with this layer's number when its latents are in the cache.
         """
@@ -72,15 +74,17 @@ class MtpModule:
         rows = part.rows
         assert len(rows.x) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
         next_ids = on_device(next_ids, self._ops.device)
-        torch.index_select(self._weights.embed_tokens, 0, next_ids, out=rows.shared)
-        rows.delta.copy_(hidden)
+        rows.delta.copy_(hidden)  # first: it may be what the pass before has left in `rows.shared`
+        self._ops.gather(self._weights.embed_tokens, next_ids, rows.shared)
         if self._experts.can_be_noted and part.plan.shape is not None:
             part.run("module", lambda: self._run(part, pair, None))
             if on_layer is not None:
                 on_layer(self.config.num_hidden_layers)
         else:
             self._run(part, pair, on_layer)
-        wanted = rows.shared.index_select(0, on_device(logit_rows, self._ops.device))
+        wanted = rows.shared
+        if len(logit_rows) < len(hidden):
+            wanted = wanted.index_select(0, on_device(logit_rows, self._ops.device))
         return Drafted(self._ops.wide_linear(wanted, self._weights.shared_head), wanted)
 
     def _run(self, part: MicroBatch, pair: Tensor, on_layer: OnLayer | None) -> None:

@@ -99,6 +99,9 @@ class NativeOps:
     ) -> Tensor:
         return native.grouped_mlp(x, row_of_pair, expert_of_pair, w13, w2, out)
 
+    def gather(self, table: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+        return native_rows.gather(table, rows, out)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         return native_rows.rms_norm(x, weight, eps, out)
 
@@ -130,7 +133,7 @@ class NativeOps:
         latent_dim: int,
         before: DecodePlan | None = None,
     ) -> DecodePlan:
-        return DecodePlan(positions, block_tables)
+        return DecodePlan(positions, block_tables) if before is None else before
 
     def mla_decode(
         self,

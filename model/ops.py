@@ -116,6 +116,10 @@ class Ops(Protocol):
         """x: [n, H], row_of_pair, expert_of_pair: int64 [P] -> [P, H], one MLP row a pair; expert = place in stack."""
         ...
 
+    def gather(self, table: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+        """table: [N, W], rows: int64 [M] -> `out` [M, W]."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Operand | None = None) -> Operand:
         """x: [M, H] -> [M, H]."""
         ...

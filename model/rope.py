@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,10 +31,12 @@ class RopeTable:
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
-    def fill(self, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """What a call returns, into memory of the caller's."""
-        torch.index_select(self._cos, 0, positions, out=cos)
-        torch.index_select(self._sin, 0, positions, out=sin)
+    def fill(
+        self, positions: Tensor, cos: Tensor, sin: Tensor, gather: Callable[[Tensor, Tensor, Tensor], object]
+    ) -> None:
+        """What a call returns, into memory of the caller's. `gather`: that of the family of operations."""
+        gather(self._cos, positions, cos)
+        gather(self._sin, positions, sin)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

@@ -97,9 +97,7 @@ class Sampler:
         self._logits = logits
         self._raw: Logits = logits.cpu().numpy()
         # the first of equal maxima; NaN wins, so poisoned logits show here
-        greedy = self._raw.argmax(axis=-1)
-        self._greedy: list[int] = greedy.tolist()
-        self._best: list[float] = self._raw[np.arange(len(greedy)), greedy].tolist()
+        self._greedy: list[int] = self._raw.argmax(axis=-1).tolist()
 
     def token(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> SampledToken:
         """What `choose` chooses, with the log-probabilities that the request asks for."""
@@ -111,19 +109,18 @@ class Sampler:
     def choose(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> int:
         """`position` is the absolute one that the new token takes; `banned` tokens must not be sampled (end tokens
         before min_tokens). Raises NothingToSample."""
-        raw, best, token_id = self._raw[row], self._best[row], self._greedy[row]
+        raw, token_id = self._raw[row], self._greedy[row]
         if banned:
             raw = raw.copy()
             # an end token may be one that this vocabulary does not have
             raw[[token for token in banned if token < len(raw)]] = -np.inf
             token_id = int(raw.argmax())
-            best = float(raw[token_id])
-        if not math.isfinite(best):
+        if not math.isfinite(raw[token_id]):
             raise NothingToSample([row], [position])
         return _sample_row(raw, token_id, params, position) if params.temperature > 0 else token_id
 
     def is_finite(self, row: int) -> bool:
-        return math.isfinite(self._best[row])
+        return math.isfinite(self._raw[row, self._greedy[row]])
 
 
 def sample(

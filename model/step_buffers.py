@@ -65,13 +65,28 @@ class DecodeNumbers:
         return cls(numbers, positions, slots, firsts, numbers[3 * num :].view(num, width))
 
 
-@dataclass(slots=True)
 class DecodeInputs:
     """Where a batch of absorbed rows only says what it wants: the same memory in every step of that many rows."""
 
-    written: DecodeNumbers  # by the host
-    read: DecodeNumbers  # by the kernels: the same on a CPU
-    plan: Any = None  # the family's, where noted kernel calls read it
+    def __init__(self, num: int, width: int, device: torch.device) -> None:
+        self.written = DecodeNumbers.of(num, width)  # by the host
+        self.read = self.written  # by the kernels
+        if device.type != "cpu":
+            self.read = DecodeNumbers.of(num, width, device)
+        self.plan: Any = None  # of attention, which names this memory
+        self._cells = self.written.numbers.numpy().data  # written one by one: a tenth of what an array costs
+        self._tables = self.written.block_tables.numpy()
+        self._known: list[list[int]] = [[] for _ in range(num)]  # what stands in each row's table
+
+    def write(self, row: int, position: int, slot: int, first: int) -> None:
+        cells, num = self._cells, len(self._known)
+        cells[row], cells[num + row], cells[2 * num + row] = position, slot, first
+
+    def write_table(self, row: int, table: list[int]) -> None:
+        """From one step to the next most tables stay what they are."""
+        if self._known[row] != table:
+            self._tables[row, : len(table)] = table
+            self._known[row] = table
 
 
 class StepBuffers:
@@ -85,6 +100,7 @@ class StepBuffers:
         self._memory: dict[str, Tensor] = {}
         self._rows: dict[int, StepRows] = {}
         self._absorbed: dict[int, AbsorbedRows] = {}
+        self._pairs: dict[int, Tensor] = {}
         self._inputs: dict[tuple[int, int], DecodeInputs] = {}
 
     def rows(self, num: int) -> StepRows:
@@ -110,15 +126,17 @@ class StepBuffers:
             if len(self._inputs) == MAX_VIEWS:
                 self._inputs.clear()
                 self.tapes.forget()
-            read = written = DecodeNumbers.of(*key)
-            if self._ops.device.type != "cpu":
-                read = DecodeNumbers.of(*key, self._ops.device)
-            self._inputs[key] = DecodeInputs(written, read)
+            self._inputs[key] = DecodeInputs(*key, self._ops.device)
         return self._inputs[key]
 
     def pair(self, num: int) -> Tensor:
         """[N, 2H]: what an MTP module joins."""
-        return self._take("pair", num, 2 * self._config.hidden_size)
+        if num not in self._pairs:
+            if len(self._pairs) == MAX_VIEWS:
+                self._pairs.clear()
+            made = self._take("pair", num, 2 * self._config.hidden_size)
+            self._pairs[num] = made
+        return self._pairs[num]
 
     def _make_rows(self, num: int) -> StepRows:
         config, hidden, heads = self._config, self._config.hidden_size, self._config.num_attention_heads
@@ -166,6 +184,7 @@ class StepBuffers:
         if memory is None or memory.shape[0] < num:
             room = 1 << max(num - 1, 0).bit_length()  # so that a batch that grows row by row moves it a few times only
             memory = self._memory[name] = torch.empty(room, width, dtype=dtype or self._dtype, device=self._ops.device)
-            (self._absorbed if name in ("absorbed", "attended") else self._rows).clear()
+            views = self._absorbed if name in ("absorbed", "attended") else self._rows
+            (self._pairs if name == "pair" else views).clear()
             self.tapes.forget()
         return memory[:num]

@@ -5,10 +5,32 @@ Pinned memory comes from torch's pool, which takes it back when the copy that wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+
+class Numbers:
+    """int64 numbers as a tensor, for those who need a few at a time: the same memory each time, which `put` writes.
+
+    Between two passes, when the caches are full of weights, `torch.tensor` takes 4 to 11 us for two numbers.
+    """
+
+    MOST = 64
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(self.MOST, dtype=torch.int64)
+        self._cells = self._memory.numpy().data
+        self._views = [self._memory[:num] for num in range(self.MOST + 1)]
+
+    def put(self, numbers: Sequence[int]) -> Tensor:
+        """Good until the next call."""
+        if len(numbers) > self.MOST:
+            return torch.tensor(numbers, dtype=torch.int64)
+        for place, number in enumerate(numbers):
+            self._cells[place] = number
+        return self._views[len(numbers)]
 
 
 def on_device(host: Tensor, device: torch.device) -> Tensor:

@@ -88,6 +88,9 @@ class TorchOps:
     ) -> Tensor:
         return _into(out, reference.grouped_mlp(x, row_of_pair, expert_of_pair, w13, w2))
 
+    def gather(self, table: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+        return torch.index_select(table, 0, rows, out=out)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         return _into(out, reference.rms_norm(x, weight, eps))
 

@@ -165,6 +165,9 @@ class TritonOps:
         assert isinstance(w2, Tensor), "w2 is fp8 and w13 is not"
         return experts_bf16.grouped_mlp_bf16(self.tensor(x), row_of_pair, index, w13, w2, out)
 
+    def gather(self, table: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+        return torch.index_select(table, 0, rows, out=out)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Operand | None = None) -> Operand:
         return self._norm(x, None, weight, eps, out)
 

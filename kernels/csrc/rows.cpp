@@ -1,6 +1,7 @@
-// What is done row by row between the products: norms, rotary positions, the cache's latents, the sum of a token's
-// experts.
+// What is done row by row between the products: look-ups, norms, rotary positions, the cache's latents, the sum of a
+// token's experts.
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "arguments.hpp"
@@ -197,6 +198,26 @@ void combine(Arguments& arguments) {
     });
 }
 
+// Row i of `out` <- row rows[i] of `table`, all strides in bytes.
+PyObject* py_gather(PyObject*, PyObject* const* values, Py_ssize_t value_count) {
+    Arguments arguments(values, value_count);
+    const char* const table = arguments.pointer<const char>();
+    const ptrdiff_t stride = arguments.integer();
+    const long long table_rows = arguments.integer();
+    const int64_t* const rows = arguments.pointer<const int64_t>();
+    char* const out = arguments.pointer<char>();
+    const ptrdiff_t out_stride = arguments.integer();
+    const int count = static_cast<int>(arguments.integer()), row_bytes = static_cast<int>(arguments.integer());
+    if (!arguments.finish()) return nullptr;
+    for (int i = 0; i < count; ++i)
+        if (rows[i] < 0 || rows[i] >= table_rows)
+            return PyErr_Format(PyExc_IndexError, "row %lld of a table of %lld", static_cast<long long>(rows[i]),
+                                table_rows);
+    WithoutGil without_gil;
+    for (int i = 0; i < count; ++i) std::memcpy(out + i * out_stride, table + rows[i] * stride, row_bytes);
+    Py_RETURN_NONE;
+}
+
 // The first argument is the size of an element, 4 or 2.
 template <void (*wide)(Arguments&), void (*narrow)(Arguments&)>
 PyObject* by_element_size(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -213,6 +234,7 @@ extern const PyMethodDef rows_methods[];
 const PyMethodDef rows_methods[] = {
     method("rms_norm", braid::by_element_size<braid::rms_norm<float>, braid::rms_norm<braid::bf16>>),
     method("write_latents", braid::by_element_size<braid::write_latents<float>, braid::write_latents<braid::bf16>>),
+    method("gather", braid::py_gather),
     method("rope", braid::by_element_size<braid::rope<float>, braid::rope<braid::bf16>>),
     method("combine", braid::by_element_size<braid::combine<float>, braid::combine<braid::bf16>>),
     {nullptr, nullptr, 0, nullptr},

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from braid.kernels import native, reference
-from braid.kernels.native_rows import add_rms_norm, combine, rms_norm, rope, route, write_latents
+from braid.kernels.native_rows import add_rms_norm, combine, gather, rms_norm, rope, route, write_latents
 from braid.router import gate
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -52,6 +52,18 @@ def test_norms_are_right(width: int, dtype: torch.dtype) -> None:
     normed = add_rms_norm(x, delta, weight, EPS, poisoned(5, width, dtype=dtype))
     assert torch.equal(x, total)
     assert torch.equal(normed, rms_norm(total, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_looked_up(dtype: torch.dtype) -> None:
+    table, rows = random(9, 40, dtype=dtype), torch.tensor([8, 0, 3, 3])
+    assert torch.equal(gather(table, rows, poisoned(4, 40, dtype=dtype)), table[rows])
+    out = poisoned(4, 50, dtype=dtype)  # rows of a wider matrix, both ways
+    assert torch.equal(gather(table[:, 5:15], rows, out[:, 7:17]), table[rows, 5:15])
+    assert out.isnan().sum() == 4 * 40
+    for beyond in (9, -1):
+        with pytest.raises(IndexError, match=f"row {beyond} of a table of 9"):
+            gather(table, torch.tensor([0, beyond]), poisoned(2, 40, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from generators import make_hf_model
 
+from braid.model.config import ModelConfig
 from braid.model.kv_cache import BLOCK_SIZE
 from braid.model.mla import Segment, plan_attention
+from braid.model.step_buffers import StepBuffers
 from braid.model.torch_ops import TorchOps
 
 
@@ -45,6 +49,28 @@ def test_a_row_visits_only_splits_it_sees() -> None:
     assert [split.rows.tolist() for split in run.plan.splits] == [[0, 1, 2], [1, 2], [2]]
     assert run.plan.splits[0].hidden is None
     assert run.plan.splits[1].slots.view(2, -1)[1].tolist() == list(range(256, 512))
+
+
+def test_memory_that_stays_says_what_a_fresh_plan_says() -> None:
+    """Also where a table has the length it had, but other blocks, and where rows come and go."""
+    config = ModelConfig.from_dict(make_hf_model("v3")[1])
+    buffers = StepBuffers(config, torch.float32, TorchOps())
+    steps = [
+        [(130, 2, [4, 1, 2]), (5, 1, [7])],
+        [(132, 2, [4, 1, 2]), (6, 1, [7])],
+        [(134, 2, [4, 3, 2]), (7, 1, [8])],  # preempted, and given other blocks
+        [(7, 1, [8]), (134, 2, [4, 3, 2])],
+        [(136, 1, [4, 3, 2])],
+    ]
+    for step in steps:
+        segments = [Segment(*each, absorbed=True) for each in step]
+        plan, expected = (plan_attention(segments, 2, 48, TorchOps(), at) for at in (buffers, None))
+        assert plan.positions.tolist() == expected.positions.tolist()
+        assert plan.slots.tolist() == expected.slots.tolist()
+        for split, other in zip(plan.runs[0].plan.splits, expected.runs[0].plan.splits, strict=True):
+            seen = torch.ones_like(other.slots, dtype=torch.bool) if other.hidden is None else ~other.hidden.flatten()
+            assert split.rows.tolist() == other.rows.tolist()
+            assert split.slots.flatten()[seen.flatten()].tolist() == other.slots.flatten()[seen.flatten()].tolist()
 
 
 def test_empty_parts_are_allowed() -> None:
