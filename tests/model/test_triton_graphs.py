@@ -22,21 +22,40 @@ from braid.model.triton_ops import TritonOps
 Call = Callable[[], object]
 
 
+# The host would wait, or memory outside of the graph's would be asked for.
+NOT_IN_A_GRAPH = {"_local_scalar_dense", "nonzero", "masked_select", "_pin_memory", "_to_copy", "lift_fresh", "index"}
+
+
 class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every kernel launch and every operation of torch, with the very tensors that it read and wrote."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
+        self.temporaries: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in NOT_IN_A_GRAPH, f"{name} in what a graph is captured of"
         out = func(*args, **kwargs)
+        if "empty" in name:
+            self.temporaries.append(out)
         if func._schema.is_mutable:
             self.calls.append(lambda: func(*args, **kwargs))
-        elif not func.is_view and "empty" not in func._schema.name:
+        elif not func.is_view and "empty" not in name:
             self.calls.append(lambda: out.copy_(func(*args, **kwargs)))
         return out
+
+    def play(self) -> None:
+        """Between two times other graphs use what these calls leave in temporary memory."""
+        for call in (self._spoil, *self.calls, self._spoil):
+            call()
+
+    def _spoil(self) -> None:
+        """NaN, or -1."""
+        for memory in self.temporaries:
+            memory.view(torch.uint8).fill_(255)
 
     @contextmanager
     def launches(self) -> Iterator[None]:
@@ -83,13 +102,13 @@ class CapturedOps(TritonOps):
         before, capture = [kept.clone() for kept in memory], Capture()
         with capture, capture.launches():
             work()
+        assert capture.temporaries
         for kept, first in zip(memory, before, strict=True):
             kept.copy_(first)
 
         def play() -> None:
             self.num_played += 1
-            for call in capture.calls:
-                call()
+            capture.play()
 
         return play
 

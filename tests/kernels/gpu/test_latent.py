@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from braid.kernels.gpu import latent
+from braid.kernels.gpu import attention_decode, attention_prefill, latent
 
 # rank, rope: V3's, and one of a small model that is no power of two
 SIZES = [(512, 64), (40, 6)]
@@ -64,3 +64,33 @@ def test_rope_of_strided_queries_may_take_their_place(heads: int, rope: int, int
     assert torch.equal(queries[..., 10:], out)
     assert torch.equal(queries[..., :10], before[..., :10])
     assert torch.equal(latent.rope(before[1:2, :, 10:], cos[1:2], sin[1:2], interleaved), out[1:2])
+
+
+def test_rows_and_keys_beyond_two_to_the_31_numbers_are_found() -> None:
+    """A cache of 4.3 GB, of which only the pages that are used come to be."""
+    torch.manual_seed(4)
+    rank, rope, position = 512, 64, 70
+    num_blocks = (1 << 31) // (64 * (rank + rope)) + 3
+    cache = torch.empty(num_blocks, 64, rank + rope, dtype=torch.bfloat16)
+    blocks = torch.tensor([num_blocks - 1, num_blocks - 2])
+    assert int(blocks.min()) * 64 * (rank + rope) > 1 << 31
+    rows, weight, (cos, sin) = torch.randn(1, rank + rope).bfloat16(), torch.ones(rank).bfloat16(), angles(1, rope)
+    for block in blocks.tolist():
+        cache[block].normal_()
+    slot = blocks[-1:] * 64 + position % 64
+    latent.write_latents(rows, weight, 1e-6, cos, sin, slot, cache, True)
+    expected = torch.zeros(1, 1, rank + rope).bfloat16()
+    latent.write_latents(rows, weight, 1e-6, cos, sin, torch.tensor([0]), expected, True)
+    assert torch.equal(cache.view(-1, rank + rope)[slot], expected[0])
+
+    near, tables = cache[blocks], (blocks[None], torch.tensor([[0, 1]]))
+    q = torch.randn(1, 2, rank + rope).bfloat16()
+    far_and_near = [
+        attention_decode.mla_decode(
+            q, kept, attention_decode.plan_decode(torch.tensor([position]), table, 64, 2), 0.1, rank
+        )
+        for kept, table in zip((cache, near), tables, strict=True)
+    ]
+    assert torch.equal(*far_and_near)
+    gathered = attention_prefill.gather_latents(cache, blocks, position + 1)
+    assert torch.equal(gathered, near.flatten(0, 1)[: position + 1])
