@@ -27,6 +27,8 @@ SCAN = 1024
 LISTED = 16
 MERGED_HEADS = 4
 LOG2_E = 1.4426950408889634
+# A step's numbers lie one behind the other: of an odd number of rows no 16 bytes begin them, which is no other kernel.
+NUMBERS = ("position_ptr", "first_ptr", "table_ptr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class DecodePlan:
         return max(LANES // triton.next_power_of_2(self.num_heads), 1)
 
 
-@triton.jit(do_not_specialize=["R", "begun", "max_splits"])
+@triton.jit(do_not_specialize=["R", "begun", "max_splits"], do_not_specialize_on_alignment=NUMBERS[:2])
 def list_kernel(
     position_ptr, first_ptr, item_ptr, R, begun, max_splits,
     QUERIES: tl.constexpr, SPLIT: tl.constexpr, SCAN: tl.constexpr, LISTED: tl.constexpr,
@@ -107,7 +109,7 @@ def attend_tile(q_latent, q_rope, latent, k_rope, key, last, scale_log2, highest
     return new, total, sums
 
 
-@triton.jit(do_not_specialize=["num_slots", "table_row", "max_splits", "R"])
+@triton.jit(do_not_specialize=["num_slots", "table_row", "max_splits", "R"], do_not_specialize_on_alignment=NUMBERS)
 def split_kernel(
     q_ptr, cache_ptr, table_ptr, position_ptr, first_ptr, item_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2,
     num_slots, q_row, q_head, out_row, out_head, table_row, max_splits, R, H,
@@ -194,7 +196,7 @@ def split_kernel(
             tl.store(lse_ptr + where, tl.fma(highest, scale_log2, tl.log2(total)), mask=seen & (last >= SPLIT))
 
 
-@triton.jit(do_not_specialize=["max_splits"])
+@triton.jit(do_not_specialize=["max_splits"], do_not_specialize_on_alignment=NUMBERS[:1])
 def merge_kernel(
     partial_ptr, lse_ptr, position_ptr, out_ptr, out_row, out_head, max_splits, H,
     SPLIT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HEADS: tl.constexpr,

@@ -19,7 +19,7 @@ def load_pairs(x_ptr, pair, mask, HALF, INTERLEAVED: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])  # which begins anywhere among a step's numbers
 def latent_kernel(
     latent_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, cache_ptr, latent_row, cos_row, sin_row, eps, RANK, HALF,
     INTERLEAVED: tl.constexpr, RANK_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
