@@ -21,6 +21,7 @@ MAX_JOBS = 128  # of a batch
 SILENT, GONE, REFUSED = 1, 2, 3  # why a peer failed; 0: it has not
 
 ROW_BITS, LAYER_BITS, PHASE_BITS = 16, 10, 2  # of a doorbell's word; the sequence number stands above them
+SEQUENCES = tl.constexpr(1 << 34)  # as many have room beside a sign
 SEQUENCE_SHIFT = tl.constexpr(ROW_BITS + LAYER_BITS + PHASE_BITS)
 PHASE_SHIFT = tl.constexpr(ROW_BITS + LAYER_BITS)
 LAYER_SHIFT = tl.constexpr(ROW_BITS)
@@ -58,6 +59,12 @@ def observe(address, ON_GPU: tl.constexpr):
     else:
         value = tl.load(address.to(tl.pointer_type(tl.int64)), mask=address != 0, other=0, volatile=True)
     return value
+
+
+@triton.jit
+def next_sequence(sequence_ptr, mail_slot):
+    """1 to SEQUENCES, and then 1 again: no flag is so old."""
+    return tl.load(sequence_ptr + mail_slot) % SEQUENCES + 1
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -105,7 +112,7 @@ def ring_kernel(
     tl.store(owed_ptr + mail_slot * PEERS + peer, count)
     if count > 0:
         tl.debug_barrier()  # the ids of all threads before the word of the first
-        sequence = tl.load(sequence_ptr + mail_slot) + 1
+        sequence = next_sequence(sequence_ptr, mail_slot)
         phase = tl.load(phase_ptr).to(tl.int64)
         word = (sequence << SEQUENCE_SHIFT) | (phase << PHASE_SHIFT) | (layer << LAYER_SHIFT) | rows
         publish(bell + mail_slot * 8, word, ON_GPU)
@@ -118,7 +125,7 @@ def await_kernel(
 ):  # fmt: skip
     """Until every peer that owes rows has answered, refused, died or been given up. Who failed is not awaited again."""
     peer = tl.arange(0, PEERS)
-    wanted = tl.load(sequence_ptr + mail_slot) + 1
+    wanted = next_sequence(sequence_ptr, mail_slot)
     failed = tl.load(failed_ptr + peer)
     owes = (tl.load(owed_ptr + mail_slot * PEERS + peer) > 0) & (failed == 0)
     flag = tl.load(peers_ptr + FLAG_ * PEERS + peer) + mail_slot * 8
@@ -253,7 +260,7 @@ def await_rows(
     polls: int,
 ) -> None:  # fmt: skip
     """gone, told: int32 [MAX_PEERS] in pinned host memory: whose death the host has seen; who failed and why, for the
-    host. failed: the same on the device. Adds one to the slot's sequence number. A poll takes about a microsecond."""
+    host. failed: the same on the device. The slot gets its next sequence number. A poll takes about a microsecond."""
     await_kernel[(1,)](
         peers, owed, sequence, gone, failed, told, mail_slot, polls,
         PEERS=MAX_PEERS, ON_GPU=_is_gpu(peers), num_warps=1,

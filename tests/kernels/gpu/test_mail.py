@@ -108,6 +108,19 @@ def test_rows_go_to_their_owners_and_come_back_to_their_places(attention: Attent
     assert attention.loads.sum() == 10 * TOP_K
 
 
+def test_sequence_numbers_begin_anew_before_they_reach_a_words_sign(attention: Attention) -> None:
+    last = 1 << 34
+    attention.sequence.fill_(last - 1)
+    x, ids = batch(2)
+    for expected in (last, 1, 2):
+        attention.post(x, ids, 0)
+        assert attention.experts[0].bells[0] > 0
+        for expert in attention.experts:
+            assert mail.bell_of(int(expert.bells[0])) == (expected, 1, 7, 2)
+            answer((expert, 0), copies=False)
+        assert torch.equal(attention.land(ids, 0), rows_of(x, ids))
+
+
 def test_a_peer_is_sent_only_what_is_its_own_and_rung_only_if_something_is(attention: Attention) -> None:
     x, ids = batch(2)[0], torch.tensor([[0, 2, 5], [-1, 0, 3]])
     attention.owners[5] = 0
