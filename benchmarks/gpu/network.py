@@ -28,6 +28,7 @@ from .sizes import BUNDLED, V3
 PATH = Path(__file__).resolve().parents[2] / "model" / "bundled"
 SEQUENCES, PROMPT, STEPS = 4, 100, 40
 TABLES = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(SEQUENCES)]
+GROUPS = ((1, 2, 3), (2, 3, 1), (3, 1, 2))  # rows of three sequences in a step, in turn
 MAX_ERROR = 0.015  # of a typical logit, as a share of their spread; bf16 on a CPU: 0.0043
 
 
@@ -52,6 +53,7 @@ def rows(device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
         yield f"start-up proof, {name}", partial(proof, config, device)
     yield "bundled model, GPU beside CPU", partial(beside_cpu, device)
     yield "bundled model, steps as graphs", partial(played, device)
+    yield "bundled model, rows of a sequence together", partial(verified, device)
 
 
 def proof(config: ModelConfig, device: torch.device) -> Row:
@@ -78,6 +80,14 @@ def played(device: torch.device) -> Row:
     return {"passed": passed, "us": step_us(graphs), "eager_us": step_us(eager)}
 
 
+def verified(device: torch.device) -> Row:
+    """As drafts are verified: one graph of six rows, whichever sequences they are of; the bits are those of rows that
+    come one by one."""
+    one_by_one = torch.stack(list(steps(network(torch.bfloat16, TritonOps(device)), len(GROUPS))), 1)
+    together = in_groups(network(torch.bfloat16, TritonOps(device)))
+    return {"passed": torch.equal(together, one_by_one[:, : together.shape[1]]), "rows": together.shape[1]}
+
+
 def network(dtype: torch.dtype, ops: Ops) -> DeepSeekModel:
     checkpoint, config = Checkpoint(PATH), BUNDLED
     layers, every = range(config.num_hidden_layers), range(config.n_routed_experts or 0)
@@ -88,12 +98,38 @@ def network(dtype: torch.dtype, ops: Ops) -> DeepSeekModel:
 
 def steps(model: DeepSeekModel, sequences: int = SEQUENCES) -> Iterator[Tensor]:
     """Logits [sequences, vocab] on the host: of the prompts' last rows, then of random tokens after them."""
-    ids = torch.randint(BUNDLED.vocab_size, (SEQUENCES, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
-    prompts = [Segment(0, PROMPT, table, False) for table in TABLES[:sequences]]
-    last_rows = torch.arange(1, sequences + 1) * PROMPT - 1
-    yield model.forward(Batch(ids[:sequences, :PROMPT].flatten(), prompts, last_rows)).logits.cpu()
+    ids = token_ids()
+    yield prefill(model, ids[:sequences]).cpu()
     for at in range(PROMPT, PROMPT + STEPS):
         yield decode(model, ids[:sequences, at], at).cpu()
+
+
+def in_groups(model: DeepSeekModel) -> Tensor:
+    """[sequences, rows, vocab] on the host: what `steps` gives, with several rows of a sequence in one step."""
+    ids, count = token_ids()[: len(GROUPS)], len(GROUPS)
+    logits, ends = [[row] for row in prefill(model, ids).cpu()[:, None]], [PROMPT] * count
+    for turn in range(STEPS // sum(GROUPS[0]) * count):
+        nums = GROUPS[turn % count]
+        segments = [Segment(end, num, table, True) for end, num, table in zip(ends, nums, TABLES, strict=False)]
+        own_ids = torch.cat([own[s.start : s.start + s.num] for own, s in zip(ids, segments, strict=True)])
+        out = model.forward(Batch(own_ids, segments, torch.arange(len(own_ids)))).logits.cpu()
+        for seen, more in zip(logits, out.split(nums), strict=True):
+            seen.append(more)
+        ends = [end + num for end, num in zip(ends, nums, strict=True)]
+    return torch.stack([torch.cat(seen) for seen in logits])
+
+
+def token_ids() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(BUNDLED.vocab_size, (SEQUENCES, PROMPT + STEPS), generator=generator)
+
+
+def prefill(model: DeepSeekModel, ids: Tensor) -> Tensor:
+    """Logits of the prompts' last rows."""
+    prompts = [Segment(0, PROMPT, table, False) for table in TABLES[: len(ids)]]
+    last_rows = torch.arange(1, len(ids) + 1) * PROMPT - 1
+    logits: Tensor = model.forward(Batch(ids[:, :PROMPT].flatten(), prompts, last_rows)).logits
+    return logits
 
 
 def decode(model: DeepSeekModel, ids: Tensor, position: int) -> Tensor:

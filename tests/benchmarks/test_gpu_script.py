@@ -11,12 +11,14 @@ import triton_interpreter
 
 triton_interpreter.repair()
 
+from braid.benchmarks.gpu import network  # noqa: E402
 from braid.benchmarks.gpu.__main__ import SHARES, main  # noqa: E402
 from braid.benchmarks.gpu.calibration_table import calibration  # noqa: E402
 from braid.benchmarks.gpu.checks import relative_error  # noqa: E402
 from braid.benchmarks.gpu.rival_kernels import extracted  # noqa: E402
 from braid.benchmarks.gpu.setting import Row, Setting, each  # noqa: E402
 from braid.benchmarks.gpu.shares import ceilings_of, judged  # noqa: E402
+from braid.model.torch_ops import TorchOps  # noqa: E402
 from braid.router.calibration import Calibration  # noqa: E402
 
 CEILINGS = {"copy GB/s": 3000.0, "bf16 TFLOP/s": 800.0, "fp8 TFLOP/s": 1600.0}
@@ -58,6 +60,16 @@ def test_one_row_that_fails_takes_no_other_with_it_and_none_begins_after_the_end
     assert failed == {"name": "a", "failed": "RuntimeError: out of memory"}
     assert good == {"name": "b", "us": 1.0}
     assert all("not reached" in row["failed"] for row in rows(Setting(cpu, "tiny", time.monotonic() - 1)))
+
+
+def test_rows_that_come_together_are_set_beside_the_same_rows_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the script asks of a GPU's kernels, asked of a CPU's: six rows of each of three sequences, in three steps."""
+    monkeypatch.setattr(network, "STEPS", 6)
+    with torch.inference_mode():
+        one_by_one = torch.stack(list(network.steps(network.network(torch.float32, TorchOps()), 3)), 1)
+        together = network.in_groups(network.network(torch.float32, TorchOps()))
+    assert together.shape == one_by_one.shape == (3, 7, network.BUNDLED.vocab_size)
+    assert torch.equal(together, one_by_one)
 
 
 def test_floors_shares_and_targets() -> None:
