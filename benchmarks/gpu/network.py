@@ -113,7 +113,7 @@ def in_groups(model: DeepSeekModel) -> Tensor:
         segments = [Segment(end, num, table, True) for end, num, table in zip(ends, nums, TABLES, strict=False)]
         own_ids = torch.cat([own[s.start : s.start + s.num] for own, s in zip(ids, segments, strict=True)])
         out = model.forward(Batch(own_ids, segments, torch.arange(len(own_ids)))).logits.cpu()
-        for seen, more in zip(logits, out.split(nums), strict=True):
+        for seen, more in zip(logits, out.split_with_sizes(nums), strict=True):
             seen.append(more)
         ends = [end + num for end, num in zip(ends, nums, strict=True)]
     return torch.stack([torch.cat(seen) for seen in logits])

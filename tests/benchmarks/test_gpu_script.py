@@ -18,6 +18,7 @@ from braid.benchmarks.gpu.checks import relative_error  # noqa: E402
 from braid.benchmarks.gpu.rival_kernels import extracted  # noqa: E402
 from braid.benchmarks.gpu.setting import Row, Setting, each  # noqa: E402
 from braid.benchmarks.gpu.shares import ceilings_of, judged  # noqa: E402
+from braid.benchmarks.gpu.sizes import BUNDLED  # noqa: E402
 from braid.model.torch_ops import TorchOps  # noqa: E402
 from braid.router.calibration import Calibration  # noqa: E402
 
@@ -63,12 +64,12 @@ def test_one_row_that_fails_takes_no_other_with_it_and_none_begins_after_the_end
 
 
 def test_rows_that_come_together_are_set_beside_the_same_rows_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the script asks of a GPU's kernels, asked of a CPU's: six rows of each of three sequences, in three steps."""
+    """What is asked of a GPU's kernels, asked of a CPU's: six rows of each of three sequences in three steps."""
     monkeypatch.setattr(network, "STEPS", 6)
     with torch.inference_mode():
         one_by_one = torch.stack(list(network.steps(network.network(torch.float32, TorchOps()), 3)), 1)
         together = network.in_groups(network.network(torch.float32, TorchOps()))
-    assert together.shape == one_by_one.shape == (3, 7, network.BUNDLED.vocab_size)
+    assert together.shape == one_by_one.shape == (3, 7, BUNDLED.vocab_size)
     assert torch.equal(together, one_by_one)
 
 
