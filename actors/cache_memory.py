@@ -88,7 +88,7 @@ class DeviceMemory:
         rows = self._layers[layer]
         host = host_memory((sum(count for _, count in runs), rows.shape[1]), rows.dtype, rows.device)
         done = 0
-        with self._aside.after_what_was_asked():
+        with self._aside.after(recorded(rows.device)):
             for row, count in runs:
                 host[done : done + count].copy_(rows[row : row + count], non_blocking=True)
                 done += count

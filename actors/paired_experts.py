@@ -18,6 +18,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from ..model.from_device import Aside
 from ..model.to_device import on_device
 from ..router.expert_map import ExpertMap
 from ..router.replica_bias import ReplicaBias
@@ -76,6 +77,7 @@ class PairedExperts(RemoteExperts):
     def __init__(self, mail: Mail, num_experts: int, device: torch.device, host: str, host_id: str) -> None:
         super().__init__(mail, num_experts)
         self._device, self._host, self._host_id = device, host, host_id
+        self._aside = Aside(device)  # rows that leave do not wait for the shared expert, which is launched before
         self._map: ExpertMap | None = None
         self._pairs: dict[Link, RowPair | None] = {}  # None: asked for
         self._stores: dict[Link, PairStore] = {}  # of those that have answered
@@ -177,18 +179,24 @@ class PairedExperts(RemoteExperts):
             self._direct = None  # which reads and writes host memory only
 
     def _form_of_handle(self, x: Tensor) -> type[RemoteHandle]:
-        return PairedHandle if self._direct is None and x.device == self._device else RemoteHandle
+        if self._direct is not None or x.device != self._device:
+            return RemoteHandle
+        assert x.is_contiguous(), (
+            f"rows of strides {x.stride()} would be copied now, and may not be there when they leave"
+        )
+        return PairedHandle
 
     def _ask_for(self, number: int, part: Part) -> int:
         pair, handle = self._pairs.get(part.link), part.handle
         if pair is None or not isinstance(handle, PairedHandle):
             return super()._ask_for(number, part)
         needed, pairs = encode_pairs(handle.experts, part.slots, handle.top_k)
-        x = handle.x.index_select(0, on_device(torch.from_numpy(needed), self._device))
-        code, num_pairs = DTYPE_CODES[x.dtype], len(part.slots)
+        code, num_pairs = DTYPE_CODES[handle.x.dtype], len(part.slots)
         meta = DISPATCH.pack(number, self.epoch, handle.layer, self.phase, code, len(needed), num_pairs)
         part.link.send(Kind.PAIRED_DISPATCH, meta, pairs)
-        self._sent[number] = part.link, pair.send(x)
+        with self._aside.after(None):  # x is there: the host has waited for ids that were computed from it
+            x = handle.x.index_select(0, on_device(torch.from_numpy(needed), self._device))
+            self._sent[number] = part.link, pair.send(x)
         self._form = x.shape[1], x.dtype
         return pairs.nbytes + x.nbytes
 

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from ..model.from_device import Aside, recorded
 from ..model.network_weights import ExpertWeights
 from ..model.to_device import on_device
 from .dispatch import DISPATCH_DEADLINE_S
@@ -34,14 +35,14 @@ from .wire import DTYPES
 
 log = logging.getLogger(__name__)
 
-Item = Job | Tensor | None  # what is to be received, what is to be sent; None: the link is closed
+Item = tuple[Job | Tensor, torch.cuda.Event | None]  # to be received or to be sent; the memory, or the rows, are ready
 
 
 @dataclass(slots=True)
 class Asker:
     link: Link
     store: PairStore
-    items: SimpleQueue[Item] = field(default_factory=SimpleQueue)
+    items: SimpleQueue[Item | None] = field(default_factory=SimpleQueue)  # None: the link is closed
     pair: RowPair | None = None  # once both ends are there
 
 
@@ -120,7 +121,8 @@ class PairedServer(ExpertServer):
         if asker is None or DTYPES[code] != self._dtype or not 0 < num_rows <= num_pairs or not are_sound:
             raise ValueError(f"{num_rows} rows of {DTYPES[code]} for {num_pairs} pairs, {self._dtype} wanted")
         x = torch.empty(num_rows, self._hidden, dtype=self._dtype, device=self._device)
-        asker.items.put(Job(event.link, number, layer, phase, Slice(x, payload, num_pairs), time.monotonic()))
+        job = Job(event.link, number, layer, phase, Slice(x, payload, num_pairs), time.monotonic())
+        asker.items.put((job, recorded(self._device)))
 
     def _exchange(self, asker: Asker) -> None:
         """The life of a pair, on its own thread."""
@@ -128,14 +130,16 @@ class PairedServer(ExpertServer):
         try:
             with torch.inference_mode():
                 pair = join(name, EXPERT, asker.store, self._address, self._device, JOIN_TIMEOUT_S)
-                asker.pair = pair
+                asker.pair, aside = pair, Aside(self._device)  # batches launched meanwhile are not waited for
                 while (item := asker.items.get()) is not None:
-                    if isinstance(item, Job):
-                        pair.receive(item.part.x).wait(DISPATCH_DEADLINE_S)
-                        self._arrived.put(item)
-                        self._wake()
-                    else:
-                        pair.send(item).wait(DISPATCH_DEADLINE_S)
+                    subject, event = item
+                    with aside.after(event):
+                        if isinstance(subject, Tensor):
+                            pair.send(subject).wait(DISPATCH_DEADLINE_S)
+                            continue
+                        pair.receive(subject.part.x).wait(DISPATCH_DEADLINE_S)
+                    self._arrived.put(subject)
+                    self._wake()
         except DialFailed as error:
             log.warning("rows of %s go through host memory: %s", asker.link.peer.name, error)
             if asker.items.get() is not None:
@@ -154,13 +158,13 @@ class PairedServer(ExpertServer):
         started, first = time.monotonic(), 0
         rows = torch.empty(num_pairs, self._hidden, dtype=self._dtype, device=self._device)
         host.run(jobs[0].layer, [job.part for job in ready], rows)
-        ended = time.monotonic()
+        ended, computed = time.monotonic(), recorded(self._device)
         for job in ready:
-            self._answer_paired(job, started, ended, rows[first : first + job.part.num_pairs])
+            self._answer_paired(job, started, ended, (rows[first : first + job.part.num_pairs], computed))
             first += job.part.num_pairs
         self._count(num_rows, num_pairs, len(ready))
 
-    def _answer_paired(self, job: Job, started: float, ended: float, rows: Tensor) -> None:
+    def _answer_paired(self, job: Job, started: float, ended: float, rows: Item) -> None:
         """The times are the host's, which waits for nothing."""
         meta = rows_meta(job, started, ended)
         try:

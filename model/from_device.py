@@ -44,21 +44,21 @@ def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 class Aside:
-    """A stream for copies that shall not hold up what is asked of the device next."""
+    """A stream of its own, for what shall neither hold up the kernels of the thread's current one nor wait for all."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._stream = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def after_what_was_asked(self) -> Iterator[None]:
-        """What is asked of the device inside begins when all that was asked of its current stream before is done."""
+    def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
+        """What is asked of the device inside begins after the event, or, without one, as soon as it can."""
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        if event is not None:
+            self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
             yield
 
