@@ -48,6 +48,8 @@ class Endpoint:
         self.failure: BaseException | None = None
         self._links: dict[str, Link] = {}
         self._targets: tuple[WorkerInfo, ...] = ()
+        self._lives: dict[str, int] = {}
+        self._epoch = 0
         self._transport: Transport = "auto"
         self._pauses: dict[str, tuple[float, float]] = {}  # by target: not before, and the pause that led to it
         self._lock = threading.Lock()
@@ -79,14 +81,20 @@ class Endpoint:
 
     def poll(self, timeout_s: float, is_urgent: bool = True) -> list[Event]:
         """New events only, by default awaited as the answer to something. Keeps the table of links."""
-        events = self.reactor.poll(timeout_s, is_urgent)
-        for event in events:
-            if isinstance(event, Opened):
-                with self._lock:
-                    self._links[event.link.peer.name] = event.link
-            elif isinstance(event, Closed):
-                self._unlink(event.link)
-        return events
+        return [event for event in self.reactor.poll(timeout_s, is_urgent) if self._admits(event)]
+
+    def _admits(self, event: Event) -> bool:
+        """False where a life that has been replaced comes late: its link would pass for its successor's (law 3)."""
+        if isinstance(event, Opened):
+            peer = event.link.peer
+            if peer.incarnation < self._lives.get(peer.name, peer.incarnation):
+                event.link.close("a later life of its peer is in the cluster")
+                return False
+            with self._lock:
+                self._links[peer.name] = event.link
+        elif isinstance(event, Closed):
+            self._unlink(event.link)
+        return True
 
     def defer(self, event: Event) -> None:
         """Keeps an event that came at a moment when it could not be handled."""
@@ -112,6 +120,9 @@ class Endpoint:
         """
         lives = {worker.name: worker.incarnation for worker in view.workers}
         with self._dialing:
+            if view.epoch < self._epoch:  # calls come in threads, and a later one may have been faster
+                return
+            self._epoch, self._lives = view.epoch, lives
             self._targets, self._transport = tuple(targets), view.transport
             self._pauses = {}
             with self._lock:
@@ -153,13 +164,20 @@ class Endpoint:
         ]
 
     def stop(self) -> None:
-        """Ends the serving thread and closes everything; bounded by STOP_TIMEOUT_S."""
+        """Ends the serving thread and closes everything; bounded by STOP_TIMEOUT_S.
+
+        A step that takes longer finds its links closed, and the memory of their rings goes when it ends.
+        """
         self.stopping = True
         self._ended.set()
         self.reactor.wake()
-        if self._thread is not None:
-            self._thread.join(STOP_TIMEOUT_S)
-        self._close()
+        if self._thread is None:
+            self._close()
+            return
+        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.warning("a step of %s has not ended in %.0f s", self.settings.name, STOP_TIMEOUT_S)
+            self._close_links()
 
     def _keep_dialing(self) -> None:
         """A link can break while both its ends live on: a reset, a queue that ran over, a missed deadline."""
@@ -208,6 +226,7 @@ class Endpoint:
         except BaseException as error:
             log.exception("%s stopped serving", self.settings.name)
             self.failure = error
+        finally:
             self._close()
 
     def _close(self) -> None:
@@ -216,10 +235,13 @@ class Endpoint:
                 return
             self._is_closed = True
         self._ended.set()
+        self._close_links()
+        self.reactor.close()
+        self._death_watch.close()
+
+    def _close_links(self) -> None:
         self.listener.close()
         with self._lock:
             links = list(self._links.values())
         for link in links:
             link.close(f"{self.settings.name} is stopping")
-        self.reactor.close()
-        self._death_watch.close()

@@ -13,6 +13,7 @@ import os
 import select
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -172,6 +173,16 @@ class Link:
             for fd, mask in interest:
                 epoll.register(fd, mask)
             return [fd for fd, _ in interest]
+
+    def unregister(self, fds: list[int]) -> None:
+        """Leaves the epoll, before anybody who sends could wait for room in it again."""
+        with self._lock:
+            epoll, self._epoll = self._epoll, None
+            if epoll is None:
+                return
+            for fd in fds:
+                with suppress(OSError):
+                    epoll.unregister(fd)
 
     def ready(self, fd: int, mask: int) -> None:
         self._pipe.ready(fd, mask)

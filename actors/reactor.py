@@ -5,7 +5,6 @@ import select
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -161,6 +160,7 @@ class Reactor:
         self._fds.clear()
         self._links.clear()
         self._rings.clear()
+        self._ring_words = ()
         self._joining.clear()
         self._epoll.close()
         os.close(self._wake_fd)
@@ -190,10 +190,10 @@ class Reactor:
         self._unfinished[link] = None
 
     def _retire(self, link: Link, events: list[Event]) -> None:
-        for fd in self._fds.pop(link):
+        fds = self._fds.pop(link)
+        link.unregister(fds)
+        for fd in fds:
             del self._links[fd]
-            with suppress(OSError):
-                self._epoll.unregister(fd)
         self._unfinished.pop(link, None)
         if self._rings.pop(link, None) is not None:
             self._ring_words = tuple(self._rings.values())

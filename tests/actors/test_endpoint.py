@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from braid.actors.endpoint import Endpoint
 from braid.actors.links import DialFailed
+from braid.actors.reactor import Closed, Event
 from braid.actors.settings import WorkerSettings
 from braid.actors.view import ClusterView, WorkerInfo
 
@@ -30,15 +32,15 @@ class Cast:
         self.run_dir = run_dir
         self.endpoints: list[Endpoint] = []
 
-    def make(self, name: str) -> Endpoint:
+    def make(self, name: str, incarnation: int = 1) -> Endpoint:
         settings = WorkerSettings(
-            "test", name, "decode", 1, "node", "", "auto", SECRET, str(self.run_dir), "127.0.0.1", "auto", 1
+            "test", name, "decode", incarnation, "node", "", "auto", SECRET, str(self.run_dir), "127.0.0.1", "auto", 1
         )
         self.endpoints.append(Endpoint(settings))
         return self.endpoints[-1]
 
-    def start(self, name: str) -> Endpoint:
-        endpoint = self.make(name)
+    def start(self, name: str, incarnation: int = 1) -> Endpoint:
+        endpoint = self.make(name, incarnation)
         endpoint.start(lambda: serve(endpoint))
         return endpoint
 
@@ -87,6 +89,54 @@ def test_a_link_that_broke_while_both_lives_go_on_is_dialed_again(cast: Cast) ->
     until(lambda: mine.link_to("b") not in (None, first), "another link")
     mine.apply(view_of(mine.info, epoch=2), [])
     assert mine.link_to("b") is None  # and what has left the cluster is not
+
+
+def test_an_earlier_life_that_comes_late_does_not_take_the_place_of_the_one_in_the_view(cast: Cast) -> None:
+    """As one that was stopped, taken for dead and replaced: its view is old, and it dials as it always did."""
+    mine, past, present = cast.start("a"), cast.start("b", 1), cast.start("b", 2)
+    mine.apply(view_of(mine.info, present.info), [])
+    present.apply(view_of(mine.info, present.info), [mine.info])
+    until(lambda: mine.link_to("b") is not None, "the link of the life in the view")
+    link = mine.link_to("b")
+    past.apply(view_of(mine.info, past.info), [mine.info])
+    dialed = past.link_to("a")
+    until(lambda: past.link_to("a") is None, "the end of the link of the earlier life")
+    assert dialed is not None
+    assert mine.link_to("b") is link
+    assert present.link_to("a") is not None
+
+
+def test_a_view_that_was_overtaken_changes_nothing(cast: Cast) -> None:
+    mine, other = cast.start("a"), cast.start("b")
+    mine.apply(view_of(mine.info, other.info, epoch=3), [other.info])
+    link = mine.link_to("b")
+    mine.apply(view_of(mine.info, epoch=2), [])
+    assert link is not None
+    assert mine.link_to("b") is link
+
+
+def test_a_step_that_does_not_end_keeps_its_memory_and_loses_its_links(
+    cast: Cast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("braid.actors.endpoint.STOP_TIMEOUT_S", 0.05)
+    slow, other, may_end = cast.make("a"), cast.start("b"), threading.Event()
+    seen: list[Event] = []
+
+    def serve_slowly() -> None:
+        may_end.wait(20)  # a step
+        while not any(isinstance(event, Closed) for event in seen):
+            seen.extend(slow.poll(1.0))  # which waits for rows
+
+    slow.start(serve_slowly)
+    slow.apply(view_of(slow.info, other.info), [other.info])
+    link = slow.link_to("b")
+    assert link is not None
+    slow.stop()
+    until(lambda: other.link_to("a") is None, "the end of the link at the other side")
+    assert link.closed == "a is stopping"
+    may_end.set()
+    until(lambda: slow._thread is not None and not slow._thread.is_alive(), "the end of the step")
+    assert slow.failure is None
 
 
 def test_a_worker_whose_serving_thread_broke_says_so_and_can_be_stopped(cast: Cast) -> None:

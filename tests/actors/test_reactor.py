@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ import pytest
 from link_peer import ECHO, RING_BYTES, TIMEOUT_S, TRANSPORTS, LinkHost
 
 from braid.actors.links import Link, LinkClosed, Message
+from braid.actors.pipe import Piece
 from braid.actors.reactor import MAX_MESSAGES_A_TURN, Closed, Opened, Reactor, Received
 
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
@@ -73,6 +74,31 @@ def test_closing_ends_both_sides_and_is_told_once(host: LinkHost, far: Reactor, 
     assert dialed.closed == "host is gone: its end of the link closed"
     assert host.reactor.poll(0) == []
     assert not host.deaths
+
+
+def test_a_sender_meets_a_reactor_that_is_just_letting_go_of_the_link(
+    host: LinkHost, far: Reactor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fills the ring and wants to be told of room while the reactor, on its thread, sees the other end close."""
+    near, dialed = host.dial("shm", far)
+    pipe, polling = near._pipe, threading.Thread(target=host.until_closed, args=(near,))
+    write = pipe.write
+
+    def write_while_it_ends(pieces: Sequence[Piece]) -> int:
+        dialed.close("enough")
+        polling.start()
+        deadline = time.monotonic() + TIMEOUT_S
+        while near in host.reactor.links():
+            assert time.monotonic() < deadline
+        polling.join(0.05)  # it waits for us now, and has done before whatever it would do without waiting
+        written: int = write(pieces)
+        return written
+
+    monkeypatch.setattr(pipe, "write", write_while_it_ends)
+    near.send(ECHO, b"", bytes(2 * RING_BYTES))
+    polling.join(TIMEOUT_S)
+    assert not polling.is_alive()
+    assert host.closed(near)
 
 
 def test_a_link_closed_before_it_was_added_is_still_told(host: LinkHost, far: Reactor) -> None:
