@@ -274,10 +274,13 @@ class AttentionWorker:
         assert self.endpoint is not None
         endpoint, engine, requests = self.endpoint, self.engine, self.requests
         self._ops.set_threads(self.settings.num_threads, self.settings.max_threads)
-        failed_steps, load_due, busy = 0, 0.0, False
+        view, failed_steps, load_due, busy = self._view, 0, 0.0, False
         with torch.inference_mode():
             while not endpoint.stopping:
                 events = endpoint.inbox(0.0 if busy else LOAD_INTERVAL_S)
+                if view is not self._view:  # its links have been made: we open them before anybody hears so
+                    view = self._view
+                    events += endpoint.inbox(0.0)
                 for event in events:
                     requests.handle(event)
                     if self._mail is not None:
@@ -285,7 +288,7 @@ class AttentionWorker:
                     if self._paired is not None:
                         self._paired.hear(event)
                 was_open = self._is_open
-                self._swap_view(has_news=any(_is_link_of("expert", event) for event in events))
+                self._swap_view(view, has_news=any(_is_link_of("expert", event) for event in events))
                 if self._is_open != was_open or any(_is_link_of("front", event) for event in events):
                     load_due = 0.0
                 try:
@@ -304,9 +307,8 @@ class AttentionWorker:
             if self._paired is not None:
                 self._paired.close()
 
-    def _swap_view(self, has_news: bool) -> None:
+    def _swap_view(self, view: ClusterView | None, has_news: bool) -> None:
         """`has_news`: an expert worker is linked (again): under the same map, rows may go to it from now on."""
-        view = self._view
         if view is None:
             return
         self._is_open = True

@@ -44,7 +44,7 @@ from .events import (
 )
 from .launcher import Launcher, WorkerHandle
 from .plan import PoolPlan, plan_pools
-from .state import ClusterState, Limits
+from .state import ClusterState, Limits, Worker
 from .status_report import report
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,13 @@ class Controller:
     # --- what others ask ---
 
     async def up(self) -> dict[str, Any]:
-        """Returns the status once the cluster serves. Raises StartFailed after everything was taken down again."""
-        self._handle(Begin(self.clock()))
-        self._spawn(self._supervise())
+        """Returns the status once the cluster serves. Raises StartFailed after everything was taken down again.
+
+        Whoever asks while it starts, or later, waits for the same start.
+        """
+        if self.state.phase == "planned":
+            self._handle(Begin(self.clock()))
+            self._spawn(self._supervise())
         while self.state.phase in ("starting", "joining"):
             await self._next_change()
         if self.state.phase in ("stopping", "stopped"):
@@ -103,8 +107,8 @@ class Controller:
 
     async def status(self) -> dict[str, Any]:
         """Fresh figures of every worker that answers within STATUS_PATIENCE_S, the last known ones of the others."""
-        if pings := [asyncio.ensure_future(ping) for ping in self._pings()]:
-            await asyncio.wait(pings, timeout=STATUS_PATIENCE_S)
+        if glances := [asyncio.ensure_future(self._glance(worker)) for worker in self._awake()]:
+            await asyncio.wait(glances, timeout=STATUS_PATIENCE_S)
         return report(self.settings, self.state, self.reports, self.fronts)
 
     async def down(self, reason: str) -> None:
@@ -207,28 +211,37 @@ class Controller:
         while self.state.phase not in ("stopping", "stopped"):
             try:
                 self._handle(Tick(self.clock()))
-                await asyncio.gather(*self._pings(), *[self._check_front(front) for front in self.state.fronts])
+                pings = [self._ping(worker) for worker in self._awake()]
+                await asyncio.gather(*pings, *[self._check_front(front) for front in self.state.fronts])
             except Exception:
                 log.exception("a round of supervision failed")
             await asyncio.sleep(PING_INTERVAL_S)
 
-    def _pings(self) -> list[Coroutine[Any, Any, None]]:
+    def _awake(self) -> list[Worker]:
         if self.state.phase in ("stopping", "stopped"):
             return []
-        live = [worker for worker in self.state.workers.values() if worker.state in ("ready", "live")]
-        return [self._ping(worker.plan.name, worker.incarnation) for worker in live]
+        return [worker for worker in self.state.workers.values() if worker.state in ("ready", "live")]
 
-    async def _ping(self, name: str, incarnation: int) -> None:
+    async def _ping(self, worker: Worker) -> None:
+        self._handle(await self._figures(worker))
+
+    async def _glance(self, worker: Worker) -> None:
+        """A ping that does not count when it is missed: many who look at a worker would be its end at once."""
+        if not isinstance(told := await self._figures(worker), Missed):
+            self._handle(told)
+
+    async def _figures(self, worker: Worker) -> Answered | Missed | Broke:
+        """Asks for them and keeps them; what came of it."""
+        name, incarnation = worker.plan.name, worker.incarnation
         try:
             self.reports[name] = await asyncio.wait_for(self.handles[name].status(), PING_TIMEOUT_S)
         except WorkerDied as error:
-            self._handle(Broke(self.clock(), name, incarnation, str(error)))
+            return Broke(self.clock(), name, incarnation, str(error))
         except TimeoutError:
-            self._handle(Missed(self.clock(), name, incarnation, f"{PING_TIMEOUT_S:g} s each"))
+            return Missed(self.clock(), name, incarnation, f"{PING_TIMEOUT_S:g} s each")
         except Exception as error:
-            self._handle(Missed(self.clock(), name, incarnation, in_words(error)))
-        else:
-            self._handle(Answered(self.clock(), name, incarnation))
+            return Missed(self.clock(), name, incarnation, in_words(error))
+        return Answered(self.clock(), name, incarnation)
 
     async def _check_front(self, front: FrontName) -> None:
         """Keeps the figures of a front that was ready once; one that stops answering is a problem to be told."""

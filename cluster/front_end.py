@@ -26,6 +26,7 @@ from .request import Delta, FrontEndSettings, GenerateRequest, RefusalCode, Requ
 from .streams import OutputStream, TokenItem
 
 RETRY_AFTER_S = 1.0
+NOBODY_LINKED = "no prefill or no decode worker is linked: the cluster is starting, or lost them"
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,18 @@ class FrontEnd:
         watcher(self.ready)
         return lambda: self._ready_watchers.remove(watcher)
 
+    async def wait_ready(self, timeout_s: float) -> bool:
+        """Returns once the front end is ready: True; False when it has not become so in time."""
+        readied = asyncio.Event()
+        unwatch = self.watch_ready(lambda is_ready: readied.set() if is_ready else None)
+        try:
+            await asyncio.wait_for(readied.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        finally:
+            unwatch()
+        return True
+
     def load(self) -> dict[str, Any]:
         return {
             "name": self.settings.name,
@@ -149,8 +162,7 @@ class FrontEnd:
         if flight.timeout_s <= 0:
             raise RequestRefused("deadline", "the deadline had passed when the request arrived")
         if not self.ready:
-            told = "no prefill or no decode worker is linked: the cluster is starting, or lost them"
-            raise RequestRefused("unavailable", told, RETRY_AFTER_S)
+            raise RequestRefused("unavailable", NOBODY_LINKED, RETRY_AFTER_S)
         if never := self.admission.why_never(flight.ticket):
             raise RequestRefused("invalid", never)
         self._pump()  # a queue that could move now is not full
@@ -259,6 +271,9 @@ class FrontEnd:
             role = "decode" if placement is not None and placement.decode == left.worker else "prefill"
             self._refuse(flight, "unavailable", f"{role} worker {left.worker} was lost: {left.reason}")
         self.admission.unlink(left.worker)
+        for flight in list(self._waiting.values()):  # nobody waits for what is not to be had any more
+            if told := self.admission.why_never(flight.ticket) if self.admission.is_ready else NOBODY_LINKED:
+                self._refuse(flight, "unavailable", told)
 
     # ---- a request ends
 

@@ -26,6 +26,7 @@ from .view_feed import Ask, follow
 MAX_ONGOING = 512
 DEPLOYMENT = "http"
 METRICS_TIMEOUT_S = 2.0
+READY_TIMEOUT_S = 30.0
 ON_HEAD = {"node:__internal_head__": 0.001}
 
 AskMetrics = Callable[[], Awaitable[bytes]]
@@ -61,6 +62,8 @@ class HttpFront:
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             listener = HttpListener(app, spec.host, spec.http_port) if self.settings.with_http else None
             following = asyncio.ensure_future(follow(self.ask, front.apply))
+            if not self.settings.with_http:  # to the platform a replica that has started is ready for requests
+                await front.wait_ready(READY_TIMEOUT_S)
             yield
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)

@@ -28,6 +28,7 @@ CONTROLLER = "controller"
 GRPC_FRONT = "grpc-front"
 LOOPBACK = "127.0.0.1"
 LOCAL_PATIENCE_S = 10.0
+DEPLOY_PATIENCE_S = 15.0
 ON_HEAD = {"node:__internal_head__": 0.001}  # one host answers HTTP, gRPC and `status`
 
 
@@ -113,6 +114,7 @@ class RayLauncher:
         self.settings = settings
         self._groups: dict[str, PlacementGroup] = {}
         self._grpc: Any = None
+        self._deploying: asyncio.Future[None] | None = None
 
     async def place(self, pool: PoolPlan, timeout_s: float) -> tuple[Node, ...]:
         labels = [dict(pool.labels)] * len(pool.workers) if pool.labels else None
@@ -155,7 +157,10 @@ class RayLauncher:
         elif settings.with_http:
             from .http_serve import deploy
 
-            await asyncio.to_thread(deploy, settings, ViewFeed(settings.spec.name), GrpcMetrics(settings.spec.name))
+            name = settings.spec.name
+            deploying = asyncio.to_thread(deploy, settings, ViewFeed(name), GrpcMetrics(name))
+            self._deploying = asyncio.ensure_future(deploying)
+            await self._deploying
 
     async def check_front(self, front: FrontName, settings: ControllerSettings) -> dict[str, Any]:
         from .front_check import check_grpc, check_http
@@ -165,13 +170,10 @@ class RayLauncher:
         return await check_grpc(self._grpc, settings)
 
     async def stop_fronts(self, settings: ControllerSettings) -> None:
-        if self._grpc is not None:
-            await asyncio.wait_for(_unwrapped(self._grpc.stop.remote()), 5.0)
-            ray.kill(self._grpc, no_restart=True)
-        if settings.with_http:
-            from .http_serve import remove
-
-            await asyncio.wait_for(asyncio.to_thread(remove, settings), 10.0)
+        """Neither front end stays because the other one could not be stopped."""
+        for error in await asyncio.gather(self._stop_grpc(), self._stop_http(settings), return_exceptions=True):
+            if error is not None:
+                raise error
 
     async def tear_down(self, settings: ControllerSettings) -> None:
         for group in self._groups.values():
@@ -195,6 +197,23 @@ class RayLauncher:
         )
         self._grpc = actor.remote(settings, ViewFeed(settings.spec.name))
         await _unwrapped(self._grpc.start.remote())
+
+    async def _stop_grpc(self) -> None:
+        if self._grpc is None:
+            return
+        try:
+            await asyncio.wait_for(_unwrapped(self._grpc.stop.remote()), 5.0)
+        finally:
+            ray.kill(self._grpc, no_restart=True)
+
+    async def _stop_http(self, settings: ControllerSettings) -> None:
+        """A deployment under way ends first, or it would outlive its deletion; on a Ray of our own it cannot."""
+        if self._deploying is None:
+            return
+        from .http_serve import remove
+
+        await asyncio.wait([self._deploying], timeout=0.0 if settings.is_local else DEPLOY_PATIENCE_S)
+        await asyncio.wait_for(asyncio.to_thread(remove, settings), 10.0)
 
 
 async def _unwrapped(call: Awaitable[T]) -> T:

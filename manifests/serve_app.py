@@ -28,9 +28,10 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     settings = settings_for(load_spec(Path(args["spec"]), {}), float(args["start_timeout_s"]))
     try:
-        find_controller(settings.spec.name)
+        controller = find_controller(settings.spec.name)
     except ClusterNotFound:
-        ray.get(start_controller(settings).up.remote())
+        controller = start_controller(settings)
+    ray.get(controller.up.remote())  # one that an earlier build has started may still be loading
     return application(settings, ViewFeed(settings.spec.name), GrpcMetrics(settings.spec.name))
 
 

@@ -71,6 +71,10 @@ class ScriptedWorker:
         for link in self._fronts:
             link.send(Kind.TOKENS, b"\xc1")
 
+    @property
+    def num_links(self) -> int:
+        return len(self._fronts)
+
     def next_submit(self) -> Submit:
         return self.submits.get(timeout=WAIT_S)
 

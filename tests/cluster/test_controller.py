@@ -115,6 +115,42 @@ def test_a_dead_worker_leaves_the_next_view() -> None:
     run(scenario())
 
 
+def test_who_asks_again_waits_for_the_same_start() -> None:
+    async def scenario() -> None:
+        gate = asyncio.Event()
+        launcher = ScriptedLauncher(worker_hang={"decode-0": {"prepare": gate}})
+        controller = Controller(settings(), launcher)
+        first, second = asyncio.ensure_future(controller.up()), asyncio.ensure_future(controller.up())
+        while "decode-0" not in controller.reports:
+            await asyncio.sleep(0)
+        assert not second.done()
+        gate.set()
+        states = [(await rising)["state"] for rising in (first, second)]
+        assert [*states, (await controller.up())["state"]] == ["serving"] * 3
+        assert launcher.workers["decode-0"].calls.count("prepare") == 1
+        await controller.down("test")
+
+    run(scenario())
+
+
+def test_many_who_look_at_a_silent_worker_are_not_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braid.cluster.controller.PING_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("braid.cluster.controller.PING_INTERVAL_S", 3600.0)  # supervision looks once, at the start
+
+    async def scenario() -> None:
+        launcher = ScriptedLauncher()
+        controller = Controller(settings(), launcher)
+        await controller.up()
+        launcher.workers["decode-0"].hang["status"] = asyncio.Event()
+        launcher.workers["expert-0"].is_dead = True
+        statuses = [await controller.status() for _ in range(5)]
+        states = {worker["name"]: worker["state"] for worker in statuses[-1]["workers"]}
+        assert states == {"prefill-0": "live", "decode-0": "live", "expert-0": "lost", "expert-1": "live"}
+        await controller.down("test")
+
+    run(scenario())
+
+
 def test_a_front_that_stops_answering_is_told() -> None:
     async def scenario() -> None:
         launcher = ScriptedLauncher()

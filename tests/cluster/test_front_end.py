@@ -188,6 +188,33 @@ def test_a_death_fails_exactly_the_requests_it_concerns(run_dir: Path, byte_toke
     run(scenario())
 
 
+def test_nobody_waits_for_room_that_went_with_a_worker(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
+    async def scenario() -> None:
+        big = ScriptedWorker(run_dir, "both-0", total_blocks=8, free_blocks=0)
+        small = ScriptedWorker(run_dir, "both-1", total_blocks=2, free_blocks=0)
+        async with front_of(byte_tokenizer, big, small) as front:
+            large = asyncio.create_task(gather(front, ask(prompt=(5,) * 200)))  # the first in the queue
+            short = asyncio.create_task(gather(front, ask()))
+            await until(lambda: front.load()["waiting"] == 2, "two waiting")
+            big.die()
+            with pytest.raises(
+                RequestRefused, match=r"(200|219) tokens, the largest (prefill|decode) worker has room for 128"
+            ) as refused:
+                await large
+            assert (refused.value.code, refused.value.retry_after_s) == ("unavailable", 1.0)
+            small.tell_load(free_blocks=2)
+            submit = await submitted(small)
+            small.say(TokenItem(submit.id, 0, [*b"a"], finish="length"), free_blocks=0)
+            assert text_of(await short) == "a"
+            last = asyncio.create_task(gather(front, ask()))
+            await until(lambda: front.load()["waiting"] == 1, "one waiting")
+            small.die()
+            with pytest.raises(RequestRefused, match="no prefill or no decode worker is linked"):
+                await last
+
+    run(scenario())
+
+
 def test_tokens_before_a_death_still_reach_the_caller(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
     async def scenario() -> None:
         worker = ScriptedWorker(run_dir, "both-0")

@@ -35,6 +35,7 @@ def refusal(head: RayHead, folder: Path, gpus: float, timeout_s: int) -> str:
     done = run_braid(*arguments, cwd=folder, env=head.env)
     assert done.returncode == 1, done.stdout + done.stderr
     until("the actors are gone", lambda: head.living_actors("braid-braid") == [], 30.0)
+    until("Serve is gone", lambda: head.living_actors("serve") == [], 30.0)
     return " ".join(done.stderr.split())
 
 
