@@ -1,5 +1,6 @@
 """Every way to fail: the right status, OpenAI's shape, the field and what to do about it."""
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -179,6 +180,12 @@ def test_unknown_routes_and_methods(url: str) -> None:
     answer = httpx.get(f"{url}/completions")
     assert error_of(answer, 405)["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "POST"
+
+
+def test_a_packed_body_is_not_unpacked(url: str) -> None:
+    packed = gzip.compress(json.dumps({"prompt": "a"}).encode())
+    error = error_of(httpx.post(f"{url}/completions", content=packed, headers={"content-encoding": "gzip"}), 415)
+    assert error["message"] == "content-encoding is 'gzip': send the body as it is"
 
 
 def test_a_body_announced_too_large_is_refused_unread(url: str) -> None:
