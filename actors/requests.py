@@ -24,6 +24,7 @@ from .reactor import Closed, Event, Opened, Received
 from .request_checks import check_fields, check_request, check_tokens
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence, State
+from .speculation import MAX_DEPTH
 from .tracing import Attributes, Tracer
 
 log = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class Requests:
             return
         sequence.num_computed = sequence.num_prompt
         sequence.tokens.append(body["token_id"])
-        sequence.drafts = body["drafts"]
+        sequence.drafts = body["drafts"][:MAX_DEPTH]
         sequence.started_ns = time.time_ns()
         self.counters["kv_bytes_in"] += sequence.kv_bytes
         self.scheduler.start_decode(sequence)

@@ -7,6 +7,7 @@ hidden row says which position and token it belongs to; the module refuses rows 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -18,6 +19,8 @@ import torch
 from scripted_engines import CONFIG, Front, Heard, Worker, connect
 
 from braid.actors.drafter import MAX_HELD_ROWS, Drafter, Drafting
+from braid.actors.kv_transfer import checksum_of
+from braid.actors.messages import KV_LAYER, Kind, pack
 from braid.actors.speculation import MAX_DEPTH, Acceptance, Speculation
 from braid.model.deepseek import Batch, DeepSeekModel, ForwardOutput, Segment
 from braid.model.kv_cache import BLOCK_SIZE
@@ -182,6 +185,31 @@ def test_perfect_drafts_give_a_step_three_tokens(make: Make) -> None:
     loop.ask([(4, SamplingParams(31, temperature=1.0, seed=3, ignore_eos=True))])
     assert loop.worker.requests.counters["steps"] == 1 + 10
     assert loop.drafter.num_accepted == loop.drafter.num_drafted == 20
+
+
+def test_of_the_drafts_that_come_with_a_prompt_no_more_are_taken_than_are_drafted_here(make: Make) -> None:
+    loop, prefill = make(chain(0), near(chain(0))), Front("prefill-0")
+    connect(loop.worker, prefill)
+    prefill.listen()
+    loop.worker.listen()
+    params = SamplingParams(12, temperature=0.0, ignore_eos=True)
+    tokens = [5]
+    while len(tokens) < 13:
+        tokens.append(int(chain(0)[tokens[-1]].argmax()))
+    loop.front.heard["r0"] = Heard(1, params, "a", "a")
+    opened = {"number": 1, "id": "r0", "front": "front-0", "prompt": tokens[:1], "params": params.to_wire()}
+    opened |= {"carrier": {}, "deadline": time.time() + 60, "priority": 0, "caller": ""}
+    link, row = prefill.links["a"], bytes(4 * CONFIG.latent_dim)
+    link.send(Kind.KV_OPEN, pack(opened))
+    for layer in range(2):
+        link.send(Kind.KV_LAYER, KV_LAYER.pack(layer, 1, 0, 1, checksum_of([memoryview(row)])), row)
+    link.send(Kind.KV_DONE, pack({"number": 1, "token_id": tokens[1], "drafts": tokens[2:9]}))
+    while not loop.front.heard["r0"].finishes:
+        loop.worker.turn()
+        loop.front.listen()
+    told = loop.front.heard["r0"]
+    assert (told.finishes, [told.tokens[index] for index in sorted(told.tokens)]) == (["length"], tokens[2:])
+    prefill.reactor.close()
 
 
 def test_no_draft_reaches_beyond_max_tokens(make: Make) -> None:
