@@ -16,7 +16,7 @@ ENOUGH_PROGRAMS = 64  # from here on a program for each split would not fill the
 SUMMED = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def logits_kernel(
     x_ptr, w_ptr, out_ptr, M, E, H, x_row, out_row, split_depth,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 LARGEST_TILE = 64
 FEW_PAIRS = 512
+ALIGNED = 4  # numbers in 16 bytes: what begins elsewhere is another kernel to Triton, compiled when it is first met
 
 
 class DispatchIndex(NamedTuple):
@@ -85,12 +86,13 @@ def dispatch_index(expert_of_pair: Tensor, num_experts: int, tile: int | None = 
     num_pairs, device = expert_of_pair.numel(), expert_of_pair.device
     tile = row_tile(num_pairs, num_experts) if tile is None else tile
     pair_of_row = torch.empty(num_pairs, dtype=torch.int32, device=device)
-    tile_map = torch.empty(3, max_tiles(num_pairs, num_experts, tile), dtype=torch.int32, device=device)
-    tile_expert, tile_row, tile_rows = tile_map.unbind(0)
+    tiles = max_tiles(num_pairs, num_experts, tile)
+    tile_map = torch.empty(3, triton.cdiv(tiles, ALIGNED) * ALIGNED, dtype=torch.int32, device=device)
+    tile_expert, tile_row, tile_rows = tile_map[:, :tiles].unbind(0)
     index = DispatchIndex(pair_of_row, tile_expert, tile_row, tile_rows, tile)
     if num_pairs:
         index_kernel[(num_experts,)](
-            expert_of_pair, *index[:4], num_pairs, num_experts, tile_map.shape[1],
+            expert_of_pair, *index[:4], num_pairs, num_experts, tiles,
             TILE=tile, SCAN=FEW_PAIRS if num_pairs <= FEW_PAIRS else 4096,
             EXPERTS=triton.next_power_of_2(num_experts + 1), num_warps=8,
         )  # fmt: skip
