@@ -201,9 +201,11 @@ def _down(args: argparse.Namespace) -> int:
     from .down import down, down_on_ray
     from .registry import Registry
 
-    if args.address:
+    registry = Registry()
+    here = registry.find(args.name)
+    if args.address and (here is None or here.ray_address != args.address):
         down_on_ray(args.name, args.address)
-    elif killed := down(args.name, Registry()):
+    elif killed := down(args.name, registry):  # its supervisor is on this machine, and must end too
         print(f"cluster {args.name} is down; had to kill pids {', '.join(map(str, killed))}")
         return 0
     print(f"cluster {args.name} is down")

@@ -57,7 +57,9 @@ def connect(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterNotFound(f"no Ray cluster can be joined at {address!r}: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split())
+        wanted = "one with token authentication wants RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        raise ClusterNotFound(f"no Ray cluster can be joined at {address!r}: {told} ({wanted})") from None
 
 
 def check_answers(address: str) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from braid.cluster.cli import _first_key, main
 from braid.cluster.errors import SpecError
+from braid.cluster.processes import process_of
+from braid.cluster.registry import Record, Registry
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +58,22 @@ def test_the_first_key_of_a_file_is_sent(tmp_path: Path) -> None:
     keys.write_text("# none yet\n")
     with pytest.raises(SpecError, match="keys holds no key"):
         _first_key(keys)
+
+
+def test_a_cluster_on_somebody_s_ray_ends_with_its_supervisor_here(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked by the Ray's address or not: a supervisor that stayed would keep the name."""
+    address = "127.0.0.1:1"
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as child:
+        registry = Registry(home / ".cache" / "braid")
+        supervisor = process_of(child.pid)
+        claimed = registry.claim(Record("one", "", "127.0.0.1", 8000, 9000, "/model", address, supervisor))
+        registry.write(replace(claimed, supervisor=supervisor))
+        threading.Thread(target=child.wait).start()  # or what has ended would stay in the table of processes
+        assert main(["down", "--name", "one", "--address", address]) == 0
+        assert capsys.readouterr().out == "cluster one is down\n"
+    assert registry.find("one") is None
 
 
 def test_a_mistake_in_the_spec_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
