@@ -13,6 +13,7 @@ import torch
 from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, ForwardOutput, Segment
 from ..model.sampler import Ask, NothingToSample, RowSampler, SampledToken, prompt_logprobs, sampler_for
+from ..model.to_device import Numbers
 from .ahead import Ahead, look_ahead
 from .drafter import Computed, Drafter, ExpertSide
 from .kv_transfer import LayerSender
@@ -44,6 +45,7 @@ class Engine:
         self.overlap = Overlap()
         self._running: Plan = []  # until what comes after it has been planned
         self._ahead: Ahead | None = None
+        self._token_ids, self._logit_rows = Numbers(), Numbers()
 
     def step(self) -> bool:
         """Runs one batch. False when there was nothing to run.
@@ -78,7 +80,18 @@ class Engine:
         if ahead is not None and ahead.holds(self.scheduler):
             return ahead.plan, ahead.batch(wants_hidden)
         plan = self.scheduler.plan()
-        return plan, _batch_of(plan, wants_hidden)
+        return plan, self._batch_of(plan, wants_hidden)
+
+    def _batch_of(self, plan: Plan, wants_hidden: bool) -> Batch:
+        """Chunk by chunk: generated rows in the absorbed form first, then prompt rows in the MHA form."""
+        tokens: list[int] = []
+        segments: list[Segment] = []
+        logit_rows: list[int] = []
+        for chunk in plan:
+            tokens += [*chunk.sequence.tokens[chunk.start : chunk.start + chunk.num], *chunk.drafts]
+            segments.append(Segment(chunk.start, chunk.num_rows, chunk.sequence.block_table, chunk.absorbed))
+            logit_rows += range(len(tokens) - _num_logit_rows(chunk), len(tokens))
+        return Batch(self._token_ids.put(tokens), segments, self._logit_rows.put(logit_rows), wants_hidden)
 
     def _run(self, plan: Plan, batch: Batch) -> None:
         started = time.perf_counter()
@@ -226,18 +239,6 @@ def _scores_prompt(chunk: Chunk) -> bool:
 def _num_logit_rows(chunk: Chunk) -> int:
     """All rows of a prompt that is scored; else the last known one and its drafts, where a token is to be sampled."""
     return chunk.num if _scores_prompt(chunk) else (1 + len(chunk.drafts)) * chunk.is_last
-
-
-def _batch_of(plan: Plan, wants_hidden: bool) -> Batch:
-    """Chunk by chunk: generated rows in the absorbed form first, then prompt rows in the MHA form."""
-    tokens: list[int] = []
-    segments: list[Segment] = []
-    logit_rows: list[int] = []
-    for chunk in plan:
-        tokens += [*chunk.sequence.tokens[chunk.start : chunk.start + chunk.num], *chunk.drafts]
-        segments.append(Segment(chunk.start, chunk.num_rows, chunk.sequence.block_table, chunk.absorbed))
-        logit_rows += range(len(tokens) - _num_logit_rows(chunk), len(tokens))
-    return Batch(torch.tensor(tokens), segments, torch.tensor(logit_rows, dtype=torch.int64), wants_hidden)
 
 
 def _extend_prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> None:

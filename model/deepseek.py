@@ -146,6 +146,7 @@ class DeepSeekModel:
     def _run_until_picked(self, part: MicroBatch, batch: Batch, on_layer: OnLayer | None) -> MicroBatch:
         """All rows up to the last layer's latents, then that layer for the wanted rows only."""
         *first_layers, last = self.layers
+        part.turn(self._ops)
         latents = self.cache.layers[len(first_layers)]
         for i, layer in enumerate(first_layers):
             layer.begin(part, self.cache.layers[i], on_layer)
@@ -159,12 +160,14 @@ class DeepSeekModel:
         # the norm above has added delta
         torch.index_select(part.rows.x, 0, on_device(rows, self._ops.device), out=picked.rows.x)
         if segments:
+            picked.turn(self._ops)
             last.begin(picked, latents)
             last.finish(picked)
         return picked
 
     def _run_layers(self, parts: list[MicroBatch], on_layer: OnLayer | None) -> None:
         for part in parts:
+            part.turn(self._ops)
             part.has_delta = False
         for i, layer in enumerate(self.layers):
             for part in parts:
@@ -178,8 +181,9 @@ class DeepSeekModel:
         if index == len(self._buffers):
             self._buffers.append(StepBuffers(self.config, self.cache.dtype, self._ops))
         part = MicroBatch.of(segments, self.config, self._ops, self.rope, self._buffers[index], first_row)
-        own_ids = on_device(token_ids[first_row : first_row + part.rows.x.shape[0]], self._ops.device)
-        self._ops.gather(self._weights.embed_tokens, own_ids, part.rows.x)
+        num_rows = part.rows.x.shape[0]
+        own_ids = token_ids if num_rows == len(token_ids) else token_ids[first_row : first_row + num_rows]
+        self._ops.gather(self._weights.embed_tokens, on_device(own_ids, self._ops.device), part.rows.x)
         return part
 
     def _output(self, parts: list[MicroBatch], num_rows: int, batch: Batch) -> ForwardOutput:
@@ -187,7 +191,7 @@ class DeepSeekModel:
         device = self._ops.device
         hidden = torch.empty(num_rows, self.config.hidden_size, dtype=self.cache.dtype, device=device)
         for part in parts:
-            own = hidden[part.first_row : part.first_row + part.rows.x.shape[0]]
+            own = hidden if len(parts) == 1 else hidden[part.first_row : part.first_row + part.rows.x.shape[0]]
             part.norm(self._ops, self._weights.norm, self.config.rms_norm_eps, own)
         wanted = hidden
         if num_rows == len(batch.token_ids) > len(batch.logit_rows):

@@ -22,6 +22,7 @@ class MicroBatch:
     buffers: StepBuffers
     rows: StepRows
     plan: AttentionPlan
+    rope: RopeTable
     first_row: int = 0  # its place in the batch
     has_delta: bool = False
     handle: Any = None  # while rows are away at the experts
@@ -36,13 +37,16 @@ class MicroBatch:
         buffers: StepBuffers,
         first_row: int = 0,
     ) -> MicroBatch:
-        """With everything but `rows.x`."""
+        """With everything but `rows.x`, and what `turn` is to find out."""
         plan = plan_attention(segments, config.num_attention_heads, config.latent_dim, ops, buffers)
         if plan.shape is not None:
             buffers.absorbed(plan.shape[0])  # its memory must not move while calls are noted
         rows = buffers.rows(len(plan.positions))
-        rope.fill(plan.positions, rows.cos, rows.sin, ops.gather)
-        return cls(buffers, rows, plan, first_row)
+        return cls(buffers, rows, plan, rope, first_row)
+
+    def turn(self, ops: Ops) -> None:
+        """Looks up by how much each row is turned: before the first layer, and noted with it."""
+        self.rope.fill(self.plan.positions, self.rows.cos, self.rows.sin, ops.gather)
 
     def run(self, name: Hashable, work: Callable[[], object]) -> None:
         """Kernel calls over the step's buffers: noted the first time that a batch of this shape makes them."""

@@ -22,14 +22,14 @@ from .micro_batch import MicroBatch
 from .mla import Segment
 from .network_weights import MtpWeights
 from .rope import RopeTable
-from .step_buffers import StepBuffers
+from .step_buffers import StepBuffers, WantedRows
 from .to_device import on_device
 
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """Of the rows asked for. logits: fp32 [R, vocab]; hidden: [R, H] after the head's norm, to draft on from, which the
-    next pass overwrites."""
+    """Of the rows asked for, until the next pass overwrites them. logits: fp32 [R, vocab]; hidden: [R, H] after the
+    head's norm, to draft on from."""
 
     logits: Tensor
     hidden: Tensor
@@ -64,37 +64,40 @@ class MtpModule:
         logit_rows: Tensor,
         on_layer: OnLayer | None = None,
     ) -> Drafted:
-        """hidden: [N, H] of the segments' positions, next_ids: int64 [N], the token after each, logit_rows: int64 [R],
-        ascending.
+        """hidden: [N, H] of the segments' positions, next_ids: int64 [N], the token after each, logit_rows: int64 [R].
 
         `on_layer` is called with this layer's number when its latents are in the cache.
         """
-        pair = self._buffers.pair(len(hidden))
+        pair, wanted = self._buffers.pair(len(hidden)), self._buffers.wanted(len(logit_rows))
         part = MicroBatch.of(segments, self.config, self._ops, self._rope, self._buffers)
         rows = part.rows
         assert len(rows.x) == len(next_ids) == len(hidden), "segments, next_ids and hidden count different rows"
         next_ids = on_device(next_ids, self._ops.device)
-        rows.delta.copy_(hidden)  # first: it may be what the pass before has left in `rows.shared`
+        rows.delta.copy_(hidden)
+        wanted.rows.copy_(on_device(logit_rows, self._ops.device))
         self._ops.gather(self._weights.embed_tokens, next_ids, rows.shared)
         if self._experts.can_be_noted and part.plan.shape is not None:
-            part.run("module", lambda: self._run(part, pair, None))
+            part.run(("module", len(logit_rows)), lambda: self._run(part, pair, wanted, None))
             if on_layer is not None:
                 on_layer(self.config.num_hidden_layers)
         else:
-            self._run(part, pair, on_layer)
-        wanted = rows.shared
-        if len(logit_rows) < len(hidden):
-            wanted = wanted.index_select(0, on_device(logit_rows, self._ops.device))
-        return Drafted(self._ops.wide_linear(wanted, self._weights.shared_head), wanted)
+            self._run(part, pair, wanted, on_layer)
+        return Drafted(wanted.logits, wanted.hidden)
 
-    def _run(self, part: MicroBatch, pair: Tensor, on_layer: OnLayer | None) -> None:
-        """From the embedded tokens in `rows.shared` and the hidden rows in `rows.delta` to what the head reads, in
-        `rows.shared`."""
+    def _run(self, part: MicroBatch, pair: Tensor, wanted: WantedRows, on_layer: OnLayer | None) -> None:
+        """From the embedded tokens in `rows.shared` and the hidden rows in `rows.delta` to the logits."""
+        part.turn(self._ops)
         part.has_delta = False
         part.run("join", lambda: self._join(part, pair))
         self._layer.begin(part, self.cache.layers[self.config.num_hidden_layers], on_layer)
         self._layer.finish(part)
-        part.norm(self._ops, self._weights.shared_head_norm, self.config.rms_norm_eps, part.rows.shared)
+        part.run(("head", len(wanted.rows)), lambda: self._read(part, wanted))
+
+    def _read(self, part: MicroBatch, wanted: WantedRows) -> None:
+        ops, weights = self._ops, self._weights
+        part.norm(ops, weights.shared_head_norm, self.config.rms_norm_eps, part.rows.shared)
+        ops.gather(part.rows.shared, wanted.rows, wanted.hidden)
+        ops.wide_linear(wanted.hidden, weights.shared_head, out=wanted.logits)
 
     def _join(self, part: MicroBatch, pair: Tensor) -> None:
         ops, weights, rows, eps = self._ops, self._weights, part.rows, self.config.rms_norm_eps

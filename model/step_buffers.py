@@ -51,6 +51,15 @@ class AbsorbedRows:
 
 
 @dataclass(frozen=True, slots=True)
+class WantedRows:
+    """Views for R rows that are read by the head."""
+
+    rows: Tensor  # int64 [R]: which of the N they are
+    hidden: Tensor  # [R, H]
+    logits: Tensor  # fp32 [R, vocab]
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeNumbers:
     numbers: Tensor  # int64, all of the following, one behind the other
     positions: Tensor  # [N]
@@ -101,6 +110,7 @@ class StepBuffers:
         self._rows: dict[int, StepRows] = {}
         self._absorbed: dict[int, AbsorbedRows] = {}
         self._pairs: dict[int, Tensor] = {}
+        self._wanted: dict[int, WantedRows] = {}
         self._inputs: dict[tuple[int, int], DecodeInputs] = {}
 
     def rows(self, num: int) -> StepRows:
@@ -137,6 +147,18 @@ class StepBuffers:
             made = self._take("pair", num, 2 * self._config.hidden_size)
             self._pairs[num] = made
         return self._pairs[num]
+
+    def wanted(self, num: int) -> WantedRows:
+        if num not in self._wanted:
+            if len(self._wanted) == MAX_VIEWS:
+                self._wanted.clear()
+            made = WantedRows(
+                self._take("wanted", num, 1, torch.int64).view(num),
+                self._take("wanted hidden", num, self._config.hidden_size),
+                self._take("logits", num, self._config.vocab_size, torch.float32),
+            )
+            self._wanted[num] = made
+        return self._wanted[num]
 
     def _make_rows(self, num: int) -> StepRows:
         config, hidden, heads = self._config, self._config.hidden_size, self._config.num_attention_heads
@@ -184,7 +206,7 @@ class StepBuffers:
         if memory is None or memory.shape[0] < num:
             room = 1 << max(num - 1, 0).bit_length()  # so that a batch that grows row by row moves it a few times only
             memory = self._memory[name] = torch.empty(room, width, dtype=dtype or self._dtype, device=self._ops.device)
-            views = self._absorbed if name in ("absorbed", "attended") else self._rows
-            (self._pairs if name == "pair" else views).clear()
+            for views in (self._rows, self._absorbed, self._pairs, self._wanted):
+                views.clear()
             self.tapes.forget()
         return memory[:num]

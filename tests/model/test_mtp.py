@@ -64,7 +64,7 @@ def draft(mtp: MtpModule, given: Case, cuts: list[int], absorbed: bool = False) 
     for first, last in pairwise(cuts):
         segment = Segment(first, last - first, shuffled_table(), absorbed)
         rows = torch.arange(last - first)
-        logits.append(mtp.draft(given.hidden[first:last], given.next_ids[first:last], [segment], rows).logits)
+        logits.append(mtp.draft(given.hidden[first:last], given.next_ids[first:last], [segment], rows).logits.clone())
     return torch.cat(logits)
 
 
@@ -174,10 +174,10 @@ def test_a_second_application_reads_what_the_first_one_put_out() -> None:
         given.hidden, given.next_ids, [Segment(0, LENGTH, shuffled_table(), False)], torch.tensor([LENGTH - 1])
     )
     token = first.logits.argmax(-1)
-    second = mtp.draft(first.hidden, token, [Segment(LENGTH, 1, shuffled_table(), True)], torch.tensor([0]))
     longer = Case(
         given.config, given.state, torch.cat((given.hidden, first.hidden)), torch.cat((given.next_ids, token))
     )
+    second = mtp.draft(first.hidden, token, [Segment(LENGTH, 1, shuffled_table(), True)], torch.tensor([0]))
     assert (second.logits - Float64Mtp(longer).logits(longer)[-1:]).abs().max() < 1e-4
 
 
