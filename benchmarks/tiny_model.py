@@ -1,4 +1,7 @@
-"""Measures and draws what `braid train` left behind: the figures and the picture of docs/tiny-model.md."""
+"""Measures and draws what `braid train` left behind: the figures and the picture of docs/tiny-model.md.
+
+python benchmarks/tiny_model.py model/bundled [--control docs/tiny-model-control.jsonl --picture docs/tiny-model.png]
+"""
 
 import argparse
 import json
