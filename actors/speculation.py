@@ -59,12 +59,17 @@ class Costs:
         if count == 1:
             return  # takes memory and notes kernel calls: it says nothing of those that follow
         if count == 2:
-            self._rows.insert(bisect_left(self._rows, rows), rows)
+            if rows not in self._mean:
+                self._rows.insert(bisect_left(self._rows, rows), rows)
             self._mean[rows] = seconds
         elif count < 5:
             self._mean[rows] = min(self._mean[rows], seconds)
         else:  # a core that was taken away for a while says nothing about the pass
             self._mean[rows] += (min(seconds, 2 * self._mean[rows]) - self._mean[rows]) / 10
+
+    def doubt(self) -> None:
+        """What is believed holds until the next passes tell: they count as if they were the first of their numbers."""
+        self._count = dict.fromkeys(self._count, 1)
 
     def at(self, num_rows: float) -> float:
         if not self._rows:
@@ -112,6 +117,8 @@ class Speculation:
             self._since_probe += 1
             if self._since_probe >= self._wait:
                 self._since_probe, self._probes_left = 0, PROBE_STEPS
+                for costs in (self.verify_costs, self.draft_costs):  # they may stem from a cold start, or a busy hour
+                    costs.doubt()
                 self._wait = min(2 * self._wait, LAST_PROBE)
 
     def depth(self, own: Acceptance) -> int:

@@ -122,6 +122,15 @@ def test_a_probe_notices_that_drafts_come_true_again() -> None:
     assert world.run(4, 100)[0] == 0
 
 
+def test_what_drafts_cost_in_a_bad_hour_is_forgotten_with_the_next_probe() -> None:
+    """A process begins with cold weights, or beside others; without drafts it would hear no more of what they cost."""
+    world = World(memory_bound, lambda rows: 1.0, (0.9, 0.85))
+    world.verify = lambda rows: memory_bound(rows) * (5 if rows > 1 and world.clock < 800 else 1)
+    assert world.run(1, 2 * FIRST_PROBE)[0] > FIRST_PROBE
+    world.run(1, 2 * FIRST_PROBE)
+    assert world.run(1, 100)[2] >= 95
+
+
 def test_a_sequence_whose_drafts_fail_does_not_draft_among_others_that_do() -> None:
     policy = Speculation()
     for _ in range(2):
