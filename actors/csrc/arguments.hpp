@@ -2,6 +2,8 @@
 #pragma once
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <cxxabi.h>
+#include <unistd.h>
 
 #include <cstdint>
 
@@ -36,6 +38,16 @@ class Span {
     Py_buffer buffer_;
     bool is_held_;
 };
+
+// Takes the GIL back. A thread that comes back when the interpreter has ended gets it no more: CPython before 3.14 unwinds
+// it then, which would run destructors that need the GIL. It waits for the end of the process instead.
+inline void take_back(PyThreadState* state) {
+    try {
+        PyEval_RestoreThread(state);
+    } catch (const abi::__forced_unwind&) {
+        while (true) pause();
+    }
+}
 
 using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 

@@ -119,7 +119,7 @@ bool has_news(const Lanes& lanes) {
 Outcome wait_for(const Lanes& lanes, int epoll_fd, Int for_ns) {
     PyThreadState* state = PyEval_SaveThread();
     const Outcome outcome = spin_until([&] { return has_news(lanes); }, epoll_fd, for_ns);
-    PyEval_RestoreThread(state);
+    take_back(state);
     return outcome;
 }
 

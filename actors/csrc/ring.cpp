@@ -54,7 +54,7 @@ PyObject* spin(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (num_rings < 0 || PyErr_Occurred()) return nullptr;
     PyThreadState* state = PyEval_SaveThread();
     const Outcome outcome = spin_until([&] { return any_news(rings, num_rings); }, epoll_fd, for_ns);
-    PyEval_RestoreThread(state);
+    take_back(state);
     return PyLong_FromLong(outcome);
 }
 

@@ -194,13 +194,13 @@ def test_a_silent_server_is_rejected_at_the_deadline() -> None:
 
 def test_a_silent_client_delays_nobody_and_is_cut_off(tmp_path: Path) -> None:
     links: list[Link] = []
-    listener = Listener(ME, SECRET, str(tmp_path / "s"), None, links.append, handshake_timeout_s=0.5)
+    listener = Listener(ME, SECRET, str(tmp_path / "s"), None, links.append, handshake_timeout_s=2.0)
     silent = [socket.socket(socket.AF_UNIX) for _ in range(8)]
     for sock in silent:
         sock.connect(str(tmp_path / "s"))
     start = time.monotonic()
     dial(Address(str(tmp_path / "s"), "", 0), ME, SECRET, "unix", TIMEOUT_S).close()
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 2.0
     for sock in silent:
         assert b"silence" in until_hung_up(sock)
         sock.close()

@@ -85,7 +85,7 @@ def test_a_collector_that_is_gone_holds_nothing_up(
     tracer.record("decode", {}, 1, 2)
     began = time.monotonic()
     tracer.close(timeout_s=0.3)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 3.0  # the SDK would try for 10 s
 
 
 def test_a_protocol_we_do_not_speak_is_said(
