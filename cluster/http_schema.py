@@ -48,10 +48,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (None, False),
     "chat_template": (None,),
     "kv_transfer_params": (None,),
+    "documents": (None, []),
+    # of the other endpoint
+    "echo": (None, False),
+    "max_completion_tokens": (None,),
+    "top_logprobs": (None,),
 }
 _INSTEAD = {
     "best_of": "use n",
     "prompt_logprobs": "use echo with logprobs",
+    "max_completion_tokens": "use max_tokens",
+    "top_logprobs": "set logprobs to their number",
     "chat_template": "the checkpoint's own is used; chat_template_kwargs sets its switches",
 }
 

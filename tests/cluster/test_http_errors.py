@@ -101,6 +101,8 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
     ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs", "use echo with logprobs"),
+    ({"prompt": "a", "max_completion_tokens": 5}, "max_completion_tokens", "not supported: use max_tokens"),
+    ({"prompt": "a", "top_logprobs": 5}, "top_logprobs", "not supported: set logprobs to their number"),
 ]
 
 
@@ -139,6 +141,7 @@ def test_a_bad_completion_names_field_value_and_remedy(
         ({"messages": [USER], "max_tokens": 60}, "max_tokens", "max_tokens is 60: use at most 49"),
         ({"messages": [USER], "max_completion_tokens": 60}, "max_completion_tokens", "tokens is 60: use at most 49"),
         ({"messages": [USER], "max_completion_tokens": 0}, "max_completion_tokens", "tokens is 0: use 1 or more"),
+        ({"messages": [USER], "echo": True}, "echo", "echo is not supported"),
         ({"messages": [USER], "max_tokens": 0}, "max_tokens", "max_tokens is 0"),
     ],
 )
