@@ -40,7 +40,7 @@ class RayHead:
         headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.dashboard + path, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=START_S) as answer:
             return json.loads(answer.read() or b"null")
 
     def command(self, *words: str) -> str:
@@ -110,9 +110,14 @@ def ray_head(labels: str, num_gpus: int = 0) -> Iterator[RayHead]:
     with (folder / "ray.log").open("wb") as log:
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     head = RayHead(folder, env, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+
+    def answers(path: str) -> bool:
+        assert process.poll() is None, f"Ray did not start: {(folder / 'ray.log').read_text()}"
+        return head.ask(path) is not None
+
     try:
-        until("Ray's dashboard answers", lambda: head.ask("/api/version"), START_S)
-        until("Ray's job server answers", lambda: head.ask("/api/jobs/") is not None, START_S)
+        until("Ray's dashboard answers", lambda: answers("/api/version"), START_S)
+        until("Ray's job server answers", lambda: answers("/api/jobs/"), START_S)
         yield head
     finally:
         process.send_signal(signal.SIGTERM)

@@ -45,8 +45,9 @@ class RunningCluster:
 
     def __enter__(self) -> RunningCluster:
         ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
-        done = run_braid("up", *self.arguments, "--name", self.name, "--detach", *ports, cwd=self.cwd, env=self.env)
+        command = ["up", *self.arguments, "--name", self.name, "--detach", *ports]
         try:
+            done = run_braid(*command, cwd=self.cwd, env=self.env)
             assert done.returncode == 0, f"braid up failed:\n{done.stdout}\n{done.stderr}"
             self.model = self.client.models.list().data[0].id
         except BaseException as error:

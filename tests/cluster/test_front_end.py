@@ -309,7 +309,7 @@ def test_a_full_queue_answers_busy_at_once(run_dir: Path, byte_tokenizer: Tokeni
     async def scenario() -> None:
         worker = ScriptedWorker(run_dir, "both-0", free_blocks=0)
         async with front_of(byte_tokenizer, worker, max_waiting=1) as front:
-            waiting = asyncio.create_task(gather(front, ask(timeout_s=0.3)))
+            waiting = asyncio.create_task(gather(front, ask(timeout_s=1.0)))
             await until(lambda: front.load()["waiting"] == 1, "one waiting")
             with pytest.raises(RequestRefused, match="1 requests wait already") as refused:
                 await gather(front, ask())
@@ -333,7 +333,7 @@ def test_busy_before_the_first_token_waits_again(run_dir: Path, byte_tokenizer: 
             assert second.id != first.id
             worker.say(TokenItem(first.id, 0, [*b"old"]), TokenItem(second.id, 0, [*b"new"], finish="length"))
             assert text_of(await answer) == "new"
-            lasting = asyncio.create_task(gather(front, ask(timeout_s=0.4)))
+            lasting = asyncio.create_task(gather(front, ask(timeout_s=0.8)))
             worker.answer = lambda submit: [TokenItem(submit.id, finish="error", error=busy)]
             worker.say(TokenItem((await submitted(worker)).id, finish="error", error=busy))
             with pytest.raises(RequestRefused, match="deadline"):

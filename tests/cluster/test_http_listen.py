@@ -8,6 +8,7 @@ from scripted_worker import run
 from starlette.types import Receive, Scope, Send
 
 from braid.cluster.http_listen import HttpListener
+from braid.cluster.ports import free_ports
 
 
 async def slow_answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -21,8 +22,7 @@ async def slow_answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 def test_answers_from_the_start_and_ends_what_is_under_way() -> None:
     async def scenario() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         listener = HttpListener(slow_answer, "127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")

@@ -50,9 +50,12 @@ def test_serve_builds_the_application_once_the_workers_serve(head: RayHead) -> N
 
         # Serve builds again; the cluster that is there is taken as it is, and no worker is another one
         before = {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")}
+        earlier = replicas(head)
         config["applications"][0]["args"]["start_timeout_s"] = 61
         head.ask("/api/serve/applications/", "PUT", config)
-        until("the second application answers", lambda: runs(head) and complete(client) == first, 60.0)
+        until("another replica takes over", lambda: replicas(head) and not replicas(head) & earlier, 90.0)
+        until("Serve runs the second application", lambda: runs(head), 90.0)
+        assert complete(client) == first
         assert {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")} == before
 
         head.ask("/api/serve/applications/", "DELETE")
@@ -72,6 +75,11 @@ def runs(head: RayHead) -> bool:
     (application,) = head.ask("/api/serve/applications/")["applications"].values()
     assert application["status"] in ("DEPLOYING", "RUNNING"), application["message"]
     return bool(application["status"] == "RUNNING")
+
+
+def replicas(head: RayHead) -> set[str]:
+    actors = head.living_actors("serve")
+    return {actor["actor_id"] for actor in actors if actor["class_name"].startswith("ServeReplica")}
 
 
 def complete(client: OpenAI) -> str:
