@@ -12,6 +12,7 @@ which serve tests, ask for nothing that is secret. They belong on a network that
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from .links import DialFailed, LinkClosed, LinkError
 from .pair_store import PairStore
+
+log = logging.getLogger(__name__)
 
 c10d: Any = torch.distributed  # which does not say that its groups are its own
 EXPERT, ATTENTION = 0, 1  # ranks
@@ -82,10 +85,7 @@ class RowPair:
             self.closed = reason
             groups, self._groups = self._groups, []
             if self._device.type == "cuda":
-                groups[0]._group_start()  # torch wants several ended as one
-                for group in groups:
-                    group.abort()
-                groups[0]._group_end()
+                _abort(self.peer, groups)
 
     @property
     def _other(self) -> int:
@@ -143,6 +143,18 @@ class Transfer:
         return True
 
 
+def _abort(peer: str, groups: list[Any]) -> None:
+    """Several are ended as one, as torch wants it. What is begun must be ended, or NCCL would only note down whatever
+    this thread asks of it from now on; and nobody who lets a pair go can do anything about one that does not end."""
+    groups[0]._group_start()
+    for group in groups:
+        try:
+            group.abort()
+        except RuntimeError as error:
+            log.warning("a communicator with %s does not end: %s", peer, error)
+    groups[0]._group_end()
+
+
 def _communicator(store: Any, rank: int, host: str, device: torch.device, timeout_s: float) -> Any:
     if device.type == "cuda":
         group = _nccl(store, rank, timeout_s)
@@ -161,6 +173,7 @@ def _nccl(store: Any, rank: int, timeout_s: float) -> Any:
     nccl = c10d.ProcessGroupNCCL  # only builds of torch for CUDA have it
     options = nccl.Options()
     options._timeout = timedelta(seconds=timeout_s)
+    options.is_high_priority_stream = True  # torch has 32 streams of either priority: not those of everything else
     return nccl(store, rank, 2, options)
 
 
