@@ -15,7 +15,7 @@ from pair_processes import CPU, HOST, LONG_S, Peer, Process
 
 from braid.actors.links import DialFailed, LinkClosed
 from braid.actors.messages import pack
-from braid.actors.nccl_pair import ATTENTION, EXPERT, PairTimeout, RowPair, join
+from braid.actors.nccl_pair import ATTENTION, EXPERT, PairTimeout, RowPair, _abort, join
 from braid.actors.pair_store import MAX_ENTRIES, PairStore
 
 
@@ -64,6 +64,30 @@ def test_a_peer_that_hangs_costs_its_pair_when_the_deadline_passes(make: Callabl
     with pytest.raises(LinkClosed, match=r"closed: no answer of expert-0 within 0.2 s"):
         hanging.pair.receive(torch.zeros(1))
     other.ask(2)
+
+
+class Stuck:
+    """A group of torch's whose communicator does not end in time."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def _group_start(self) -> None:
+        self._calls.append("start")
+
+    def abort(self) -> None:
+        self._calls.append("abort")
+        raise RuntimeError("Timed out in ProcessGroup abort")
+
+    def _group_end(self) -> None:
+        self._calls.append("end")
+
+
+def test_a_communicator_that_does_not_end_is_told_of_and_harms_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[str] = []
+    _abort("expert-0", [Stuck(calls), Stuck(calls)])
+    assert calls == ["start", "abort", "abort", "end"]
+    assert "a communicator with expert-0 does not end: Timed out" in caplog.text
 
 
 def test_nobody_comes_or_nobody_is_there() -> None:
