@@ -169,7 +169,7 @@ class LayerSender:
         meta = KV_LAYER.pack(layer, sequence.number, span.start, span.num, checksum)
         try:
             span.link.send(Kind.KV_LAYER, meta, *pieces)
-        except (LinkClosed, LinkFull) as error:  # the decode worker counts its rows and refuses to start
+        except (LinkClosed, LinkFull, ValueError) as error:  # the decode worker counts its rows and refuses to start
             log.warning("layer %d of %s not sent to %s: %s", layer, sequence.id, span.link.peer.name, error)
         sequence.kv_bytes += sum(piece.nbytes for piece in pieces)
         sequence.kv_send_ns += time.time_ns() - began_ns

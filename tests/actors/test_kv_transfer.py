@@ -154,6 +154,19 @@ def test_rows_that_are_damaged_on_the_way_end_their_request_by_name_and_no_other
     assert pair.front.heard[spared].finishes == ["length"]
 
 
+def test_rows_that_no_queue_could_take_end_their_request_and_no_other(pair: Pair) -> None:
+    pair.a.listen()
+    pair.b.listen()
+    (link,) = [link for link in pair.a.reactor.links() if link.peer.name == "b"]
+    struck, spared = pair.front.submit("a", "b", 45, TEN), pair.front.submit("a", "a", 40, TEN)
+    pair.a.listen()
+    link.max_queued_bytes = 45 * ROW_BYTES - 1
+    pair.run()
+    [error] = pair.front.heard[struck].errors
+    assert error["message"] == "0 of 90 latent rows arrived from a"
+    assert pair.front.heard[spared].finishes == ["length"]
+
+
 def test_time_and_bytes_of_a_transfer_come_with_the_first_token(pair: Pair) -> None:
     heard: list[dict[str, float]] = []
     pair.front._hear = lambda _, item: heard.append(item.get("timing", {}))
