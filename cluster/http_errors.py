@@ -60,7 +60,9 @@ def internal_body() -> dict[str, Any]:
 
 def schema_error(error: ValidationError) -> ApiError:
     """The first complaint of pydantic, in one line that names the field and the value."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # of a union every branch complains: the one that came deepest is the one that was meant
+    first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     # pydantic names the branch of a union as if it were a field

@@ -93,6 +93,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "stop": ["x"] * 17}, "stop", "17 strings: use at most 16"),
     ({"prompt": "a", "stop": [""]}, "stop", "empty string"),
     ({"prompt": "a", "stop": 5}, "stop", "stop is 5"),
+    ({"prompt": "a", "stop": ["x", 5]}, "stop.1", "stop.1 is 5: input should be a valid string"),
     ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", "stop_token_ids"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
     ({"prompt": "a", "best_of": 2}, "best_of", "best_of is not supported: use n"),
