@@ -31,6 +31,7 @@ def _under(tool: str, setting: Setting) -> Row:
     with TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
         command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING), "--print-limit", "5"]
+        command += ["--target-processes", "all"]  # not only `env`
         # without the caching allocator, what lies past a tensor belongs to nobody
         python = [sys.executable, "-P", "-m", "braid.benchmarks.gpu.section", "checks", "--shapes", "tiny"]
         done = subprocess.run(
