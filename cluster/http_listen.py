@@ -13,6 +13,9 @@ from starlette.types import ASGIApp
 
 MAX_CONNECTIONS = 1024  # more are answered 503 at once
 BACKLOG = 512
+# An idle connection must be closed by the client first, or it may send its next request into the closing: proxies keep
+# theirs for 60 s, uvicorn for 5 as clients of Python do.
+IDLE_S = 75
 GRACE_S = 1
 
 
@@ -34,6 +37,7 @@ class HttpListener:
             access_log=False,
             log_config=None,
             limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=GRACE_S,
         )
         self._server = _Server(config)

@@ -7,6 +7,7 @@ import pytest
 from scripted_worker import run
 from starlette.types import Receive, Scope, Send
 
+from braid.cluster import http_listen
 from braid.cluster.http_listen import HttpListener
 from braid.cluster.ports import free_ports
 
@@ -34,6 +35,25 @@ def test_answers_from_the_start_and_ends_what_is_under_way() -> None:
             await asyncio.open_connection("127.0.0.1", port)
         assert (head + rest).endswith(b"abcd")
 
+    run(scenario())
+
+
+def test_an_idle_connection_outlasts_those_who_reuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends in the end: the time is shortened here to see both."""
+
+    async def scenario() -> None:
+        monkeypatch.setattr(http_listen, "IDLE_S", 1)
+        (port,) = free_ports(1)
+        listener = HttpListener(slow_answer, "127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            await reader.readuntil(b"abcd")
+        assert await reader.read() == b""
+        writer.close()
+        await listener.stop()
+
+    assert http_listen.IDLE_S > 60
     run(scenario())
 
 
