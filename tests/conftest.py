@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 # Triton reads it when it is imported first, which transformers does too: it comes before all test modules.
 os.environ["TRITON_INTERPRET"] = "1"
+# A busy machine may take any time over an example, and that says nothing about it.
+settings.register_profile("unhurried", settings(), deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

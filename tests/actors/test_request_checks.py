@@ -273,7 +273,7 @@ FIELDS = ["id", "prompt", "decode", "params", "carrier", "deadline", "front", "p
 PARAMS = list(GOOD.to_wire())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     changes=st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=2),
     params=st.dictionaries(st.sampled_from(PARAMS), JUNK, max_size=2),
