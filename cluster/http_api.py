@@ -121,8 +121,8 @@ async def _read_body(request: Request, limit: int) -> bytes:
         code="body_too_large",
         headers={"connection": "close"},  # what is left of the body is not read
     )
-    coding = request.headers.get("content-encoding", "identity")
-    if coding != "identity":
+    coding = request.headers.get("content-encoding", "")
+    if coding.lower() not in ("", "identity"):
         raise ApiError(f"content-encoding is {coding!r:.80}: send the body as it is", status=415, code="encoded_body")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
