@@ -16,7 +16,11 @@ from triton_models import BF16, BLOCKS, CPU, FP8, Loaded, WriteCheckpoint, run, 
 
 from braid.kernels.gpu.attention_decode import DecodePlan
 from braid.model.checkpoint import Checkpoint
-from braid.model.deepseek import Batch, DeepSeekModel, Segment
+from braid.model.deepseek import Batch, Segment
+from braid.model.experts import LocalExperts
+from braid.model.kv_cache import LatentCache
+from braid.model.mtp import MtpModule
+from braid.model.step_buffers import StepBuffers
 from braid.model.triton_ops import TritonOps
 
 Call = Callable[[], object]
@@ -74,12 +78,17 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class CapturedOps(TritonOps):
     """As on a GPU, but that the captured run does compute: the network's memory is put back after it."""
 
-    network: DeepSeekModel
     num_played = 0
 
     def __init__(self, path: Path) -> None:
         super().__init__(CPU, Checkpoint(path).config.quantization)
         self._plans: dict[int, DecodePlan] = {}
+        self._cache: list[Tensor] = []
+        self._buffers: list[StepBuffers] = []
+
+    def watch(self, cache: LatentCache, buffers: list[StepBuffers]) -> None:
+        """The memory that passes work on; `buffers` may grow."""
+        self._cache, self._buffers = cache.layers, buffers
 
     def plan_decode(
         self,
@@ -97,8 +106,7 @@ class CapturedOps(TritonOps):
 
     def noted(self, work: Callable[[], object]) -> Call:
         work()
-        buffers = [memory for buffers in self.network._buffers for memory in buffers._memory.values()]
-        memory = [*self.network.cache.layers, *buffers]
+        memory = [*self._cache, *(memory for buffers in self._buffers for memory in buffers._memory.values())]
         before, capture = [kept.clone() for kept in memory], Capture()
         with capture, capture.launches():
             work()
@@ -116,9 +124,10 @@ class CapturedOps(TritonOps):
 def test_steps_that_are_played_keep_their_bits(write_checkpoint: WriteCheckpoint) -> None:
     path, ids = write_checkpoint(dtype="fp8", changes=FP8), token_ids(8)
     ops = CapturedOps(path)
-    ops.network, plain = Loaded.of(path, BF16, ops).network(), Loaded.of(path, BF16, triton_ops(path)).network()
+    played, plain = Loaded.of(path, BF16, ops).network(), Loaded.of(path, BF16, triton_ops(path)).network()
+    ops.watch(played.cache, played._buffers)
     for start, stop in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8)):
-        got, expected = (run(network, ids[start:stop], start, start > 0) for network in (ops.network, plain))
+        got, expected = (run(network, ids[start:stop], start, start > 0) for network in (played, plain))
         assert torch.equal(got, expected), start
     assert ops.num_played == 3
 
@@ -127,12 +136,35 @@ def test_a_step_that_is_played_follows_whose_rows_share_tiles(write_checkpoint: 
     """Three rows each time: first one and two of two sequences, then all of them one sequence's."""
     path, ids = write_checkpoint(dtype="fp8", changes=FP8), token_ids(9)
     ops = CapturedOps(path)
-    ops.network, plain = Loaded.of(path, BF16, ops).network(), Loaded.of(path, BF16, triton_ops(path)).network()
+    played, plain = Loaded.of(path, BF16, ops).network(), Loaded.of(path, BF16, triton_ops(path)).network()
+    ops.watch(played.cache, played._buffers)
     tables = BLOCKS[:1], BLOCKS[1:2]
     for starts, nums in (((0, 0), (2, 2)), ((2, 2), (1, 2)), ((3, 4), (3, 0))):
         own_ids = torch.cat([ids[start : start + num] for start, num in zip(starts, nums, strict=True)])
         spans = zip(starts, nums, tables, strict=True)
         segments = [Segment(start, num, table, start > 0) for start, num, table in spans]
         batch = Batch(own_ids, segments, torch.arange(len(own_ids)))
-        assert torch.equal(ops.network.forward(batch).logits, plain.forward(batch).logits), starts
+        assert torch.equal(played.forward(batch).logits, plain.forward(batch).logits), starts
+    assert ops.num_played == 1
+
+
+def test_a_draft_that_is_played_keeps_its_bits(write_checkpoint: WriteCheckpoint) -> None:
+    """Two rows each time, of which the head reads one and then the other; their outputs stay until the next pass."""
+    path, ids = write_checkpoint(dtype="fp8", changes=FP8), token_ids(8)
+    ops, drafts = CapturedOps(path), []
+    for each in (ops, triton_ops(path)):
+        loaded = Loaded.of(path, BF16, each)
+        network = loaded.network()
+        config, cache = network.config, network.cache
+        module = MtpModule(config, loaded.weights.mtp[0], cache, LocalExperts(loaded.experts), network.rope)
+        if each is ops:
+            ops.watch(cache, [module._buffers])
+        hidden = torch.randn(8, config.hidden_size, generator=torch.Generator().manual_seed(2)).to(BF16)
+        found = []
+        for start, stop, row in ((0, 4, 3), (4, 6, 1), (6, 8, 0)):
+            segment = Segment(start, stop - start, BLOCKS, start > 0)
+            drafted = module.draft(hidden[start:stop], ids[start:stop], [segment], torch.tensor([row]))
+            found += [drafted.logits.clone(), drafted.hidden.clone()]
+        drafts.append(found)
+    assert all(torch.equal(one, other) for one, other in zip(*drafts, strict=True))
     assert ops.num_played == 1
