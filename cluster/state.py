@@ -46,6 +46,8 @@ from .views import first_map, gaps, map_without
 WorkerState = Literal["planned", "starting", "ready", "live", "lost", "stopped"]
 Phase = Literal["planned", "starting", "joining", "serving", "degraded", "stopping", "stopped"]
 
+PLACING_GRACE_S = 10.0
+
 # (what, from, to): when. Anything else raises with the story of the object.
 TRANSITIONS: dict[tuple[Literal["cluster", "worker"], str, str], str] = {
     ("worker", "planned", "starting"): "its pool has a place",
@@ -247,7 +249,10 @@ class ClusterState:
         return []
 
     def _tick(self, event: Tick) -> list[Instruction]:
-        if self.phase in ("starting", "joining") and event.at - self.began_at > self.limits.start_s:
+        """Who looks for a place gives up by then too, and knows why there is none: that is worth a moment."""
+        is_placed = len(self.placed) == len(self.pools)
+        patience_s = self.limits.start_s + (0.0 if is_placed else PLACING_GRACE_S)
+        if self.phase in ("starting", "joining") and event.at - self.began_at > patience_s:
             return self._give_up(f"not ready within {self.limits.start_s:g} s; still waiting for {self._waiting_for()}")
         return []
 

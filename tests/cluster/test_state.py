@@ -204,7 +204,8 @@ def test_a_start_has_a_deadline_that_says_who_is_waited_for(state: ClusterState)
 def test_a_deadline_before_there_is_a_place(state: ClusterState) -> None:
     state.handle(Begin(0.0))
     state.handle(PoolPlaced(1.0, "decode", (HERE,)))
-    [down] = state.handle(Tick(101.0))
+    assert state.handle(Tick(101.0)) == [], "the refusal of the place is due now, and says more"
+    [down] = state.handle(Tick(110.1))
     assert isinstance(down, TearDown)
     assert down.failure is not None
     assert down.failure.endswith("waiting for a place for pool prefill, a place for pool expert")
