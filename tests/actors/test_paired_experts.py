@@ -191,7 +191,7 @@ def test_an_entry_that_cannot_be_read_ends_its_link_on_either_side(attention: At
     assert "expert-0 sent an entry that cannot be read" in str(ours.closed)
     theirs.send(Kind.PAIR_ENTRY, b"\xc1")
     attention.serve(lambda: not theirs.closed)
-    assert theirs.closed == "expert-1 is gone: its end of the link closed"
+    assert str(theirs.closed).startswith("expert-1 is gone: ")  # what we read or what we wrote showed it first
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
