@@ -128,6 +128,7 @@ class Drafter:
         self.num_drafted = 0
         self.num_accepted = 0
         self._module_s = 0.0
+        self._drafting_s = 0.0  # of this step: the module's passes with what is sampled from them
         self._next_ids, self._logit_rows = Numbers(), Numbers()
 
     def verified(self, sequence: Sequence, num_drafted: int, num_reached: int, num_accepted: int) -> None:
@@ -143,7 +144,7 @@ class Drafter:
 
         hidden: [N, H] of the step; `on_layer` hears when its rows are written.
         """
-        spent = self._module_s
+        spent, self._drafting_s = self._module_s, 0.0
         self.speculation.start(num_decoding)
         pending, depths = Pass(), {}
         for each in computed:
@@ -166,6 +167,10 @@ class Drafter:
             pending = self._after(self._run(pending, on_layer), depths)
             on_layer = None
         return self._module_s - spent
+
+    def note_step(self, num_rows: int, seconds: float) -> None:
+        """What a step of generated rows took in all. What is not drafting grows with the rows that were verified."""
+        self.speculation.verify_costs.observe(num_rows, seconds - self._drafting_s)
 
     def _drafting(self, sequence: Sequence) -> Drafting:
         if sequence.drafting is None:
@@ -202,8 +207,10 @@ class Drafter:
                 guessed.append((sequence, (drafted.hidden, place, 1)))
         if self.experts.may_redo:
             self.experts.is_settled()  # what was lost here costs drafts only
+        took = time.perf_counter() - started
+        self._drafting_s += took
         if False not in forms:
-            self.speculation.draft_costs.observe(len(next_ids), time.perf_counter() - started)
+            self.speculation.draft_costs.observe(len(next_ids), took)
         return guessed
 
     def _asks(self, pending: Pass) -> Iterator[Ask]:

@@ -60,7 +60,10 @@ class Engine:
         if not plan or not self._has_time:
             self.requests.peers.flush()
         if plan:
-            self.host_s += time.perf_counter() - started - (self.forward_s - forward_s)
+            spent = time.perf_counter() - started
+            self.host_s += spent - (self.forward_s - forward_s)
+            if self.drafter is not None and all(chunk.absorbed for chunk in plan):
+                self.drafter.note_step(len(batch.token_ids), spent)
         return bool(plan)
 
     @property
@@ -118,8 +121,6 @@ class Engine:
         if self.drafter is not None:
             if prompts:
                 self.requests.peers.flush()  # a first token need not wait until the module has read its prompt
-            else:
-                self.drafter.speculation.verify_costs.observe(len(batch.token_ids), time.perf_counter() - started)
             self.forward_s += self.drafter.run(computed, output.hidden, len(self.scheduler.decoding), on_layer)
         self.requests.hand_over_ready(plan)
 

@@ -1,8 +1,9 @@
 """How far ahead to draft: decided from what drafts have brought and cost so far. Pure: times are told, never taken.
 
 A depth pays when its expected tokens a step, over its expected time a step, beat those of the other depths. What has
-never been measured is taken for cheap, so every depth is tried; one that lost is tried again now and then, ever more
-seldom. Nothing decided here can change a token: a draft is only kept where it equals what would be sampled anyway.
+never been measured is taken for cheap, so every depth is tried; now and then, ever more seldom, another one is tried
+again: the deepest, or none where drafts are made. Nothing decided here can change a token: a draft is only kept where
+it equals what would be sampled anyway.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 MAX_DEPTH = 2
 PATIENCE = 1.02  # another depth must promise this much more before it is taken
 PROBE_STEPS = 4
-FIRST_PROBE, LAST_PROBE = 32, 1024  # steps between two probes; doubled after each that changed nothing
+FIRST_PROBE, LAST_PROBE = 128, 2048  # steps between two probes; doubled after each that changed nothing
 FORGET_STEPS = 256
 
 
@@ -43,9 +44,9 @@ class Acceptance:
 
 
 class Costs:
-    """Seconds a pass takes by its number of rows: a mean per number seen, in between a straight line.
+    """Seconds by the number of rows, of a pass or of a step but for its drafting: a mean per number seen.
 
-    Outside the numbers seen it is the least it could be, so that hope is tried and then corrected.
+    In between it is a straight line, outside the numbers seen the least it could be, so that hope is tried and then corrected.
     """
 
     def __init__(self) -> None:
@@ -59,8 +60,7 @@ class Costs:
         if count == 1:
             return  # takes memory and notes kernel calls: it says nothing of those that follow
         if count == 2:
-            if rows not in self._mean:
-                self._rows.insert(bisect_left(self._rows, rows), rows)
+            self._rows.insert(bisect_left(self._rows, rows), rows)
             self._mean[rows] = seconds
         elif count < 5:
             self._mean[rows] = min(self._mean[rows], seconds)
@@ -68,8 +68,8 @@ class Costs:
             self._mean[rows] += (min(seconds, 2 * self._mean[rows]) - self._mean[rows]) / 10
 
     def doubt(self) -> None:
-        """What is believed holds until the next passes tell: they count as if they were the first of their numbers."""
-        self._count = dict.fromkeys(self._count, 1)
+        """Whatever the next passes do better is believed at once; one that was held up says nothing."""
+        self._count = {rows: min(count, 2) for rows, count in self._count.items()}
 
     def at(self, num_rows: float) -> float:
         if not self._rows:
@@ -101,7 +101,7 @@ class Speculation:
         self.draft_costs = Costs()
         self._depth = MAX_DEPTH
         self._seconds = [1.0] * (MAX_DEPTH + 1)
-        self._wait, self._since_probe, self._probes_left = FIRST_PROBE, 0, 0
+        self._wait, self._since_probe, self._probes_left, self._probed = FIRST_PROBE, 0, 0, 0
 
     def start(self, num_sequences: int) -> None:
         """Chooses for the drafts that the next step verifies. `num_sequences` decode at present."""
@@ -109,22 +109,24 @@ class Speculation:
         before, self._depth = self._depth, self._best(self.acceptance)
         if self._depth > before:
             self._wait = FIRST_PROBE
-        if self._depth == MAX_DEPTH:
-            self._since_probe = self._probes_left = 0
-        elif self._probes_left:
+        if self._probes_left:
             self._probes_left -= 1
         else:
             self._since_probe += 1
             if self._since_probe >= self._wait:
                 self._since_probe, self._probes_left = 0, PROBE_STEPS
+                in_force = self._probed if self._depth == 1 else self._depth  # from the middle, up and down in turns
+                self._probed = MAX_DEPTH - in_force
                 for costs in (self.verify_costs, self.draft_costs):  # they may stem from a cold start, or a busy hour
                     costs.doubt()
                 self._wait = min(2 * self._wait, LAST_PROBE)
 
     def depth(self, own: Acceptance) -> int:
         """Drafts for one sequence: what pays by its own acceptance, among company that drafts alike."""
-        if self._probes_left or not self._depth:  # off for all: nothing is weighed for each
-            return MAX_DEPTH if self._probes_left else 0
+        if self._probes_left:
+            return self._probed
+        if not self._depth:  # off for all: nothing is weighed for each
+            return 0
         depth = self._best(own)
         if not depth:
             own.forget(self.acceptance)
