@@ -46,7 +46,8 @@ class Acceptance:
 class Costs:
     """Seconds by the number of rows, of a pass or of a step but for its drafting: a mean per number seen.
 
-    In between it is a straight line, outside the numbers seen the least it could be, so that hope is tried and then corrected.
+    In between it is a straight line, outside the numbers seen the least it could be, so that hope is tried and then
+    corrected.
     """
 
     def __init__(self) -> None:
