@@ -19,13 +19,16 @@ LONG_S = 30.0
 
 
 def joined(
-    peer: str, rank: int, conn: Connection, timeout_s: float = LONG_S, heard: Callable[[], object] = lambda: None
+    peer: str, rank: int, link: Connection, timeout_s: float = LONG_S, heard: Callable[[], object] = lambda: None
 ) -> RowPair:
-    """`conn` is what a link is: it brings entries until the pair is there. `heard`: called before one is passed on."""
+    """`link` brings entries, and only those: the other end may have its pair sooner, and ask for rows at once.
+
+    heard: called before an entry is passed on.
+    """
 
     def tell(entry: bytes) -> None:
         try:
-            conn.send_bytes(entry)
+            link.send_bytes(entry)
         except OSError as error:
             raise LinkClosed(f"the link to {peer} is closed: {error}") from error
 
@@ -34,8 +37,8 @@ def joined(
         pair, is_open = pool.submit(join, peer, rank, store, HOST, CPU, timeout_s), True
         while is_open and not pair.done():
             try:
-                if conn.poll(0.001):
-                    entry = conn.recv_bytes()
+                if link.poll(0.001):
+                    entry = link.recv_bytes()
                     heard()
                     store.hear(entry)
             except (EOFError, OSError):
@@ -44,12 +47,12 @@ def joined(
         return pair.result()
 
 
-def serve(conn: Connection, name: str, rank: int) -> None:
+def serve(conn: Connection, link: Connection, name: str, rank: int) -> None:
     """A worker: joins a pair when it is told to, then sends back twice what comes."""
     torch.set_num_threads(1)
     conn.send("here")
     conn.recv()
-    pair = joined("attention-0", rank, conn)
+    pair = joined("attention-0", rank, link)
     while num_rows := conn.recv():
         rows = torch.empty(num_rows, 16, dtype=torch.bfloat16)
         pair.receive(rows).wait(LONG_S)
@@ -62,16 +65,18 @@ class Process:
 
     def __init__(self, name: str, rank: int = EXPERT) -> None:
         context = multiprocessing.get_context("spawn")
-        self.conn, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name, rank), daemon=True)
+        self.conn, orders = context.Pipe()
+        self._link, link = context.Pipe()
+        self.process = context.Process(target=serve, args=(orders, link, name, rank), daemon=True)
         self.process.start()
-        theirs.close()
+        orders.close()
+        link.close()
         self.name, self._rank = name, rank
         self.conn.recv()
 
     def join(self, timeout_s: float = LONG_S, heard: Callable[[], object] = lambda: None) -> RowPair:
         self.conn.send("join")
-        return joined(self.name, ATTENTION if self._rank == EXPERT else EXPERT, self.conn, timeout_s, heard)
+        return joined(self.name, ATTENTION if self._rank == EXPERT else EXPERT, self._link, timeout_s, heard)
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
