@@ -152,8 +152,8 @@ class Admission:
         return True
 
     def crowded_out(self, ticket: Ticket) -> Ticket | None:
-        """Who must leave a full queue for this one: the newest of a caller who has more there than its share."""
-        return self._queue.crowding_out(ticket.caller)
+        """Who must leave a full queue for this one: of a worse priority, or of a caller who has more than its share."""
+        return self._queue.crowding_out(ticket.caller, ticket.priority)
 
     def rejoin(self, ticket: Ticket) -> None:
         """Back to its old place in the queue, after a worker said "busy"."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -82,15 +82,19 @@ class FairQueue(Generic[Item]):
         if not members.returned and not members.callers:
             del self._classes[priority]
 
-    def crowding_out(self, caller: str) -> Item | None:
-        """In a full queue: the newest item of the caller with the most, if that one has over one more than `caller`.
+    def crowding_out(self, caller: str, priority: int = 0) -> Item | None:
+        """Whom a newcomer may take the place of in a full queue: somebody of the worst priority there, the last to be
+        served. If that priority is the newcomer's own, it is one of the caller who has most of them, and only if that
+        one has over one more than `caller`; None if it is better.
 
         Whoever must refuse somebody refuses this one, and takes the newcomer in.
         """
-        counts: dict[str, int] = {caller: 0}
-        for _, owner in self._place.values():
-            counts[owner] = counts.get(owner, 0) + 1
-        most = max(counts, key=lambda name: counts[name])
-        if counts[most] <= counts[caller] + 1:
+        worst = max(self._classes, default=priority)
+        candidates = [(item, self._place[item][1]) for item in self if self._place[item][0] == worst]
+        if worst > priority:
+            return candidates[-1][0]
+        counts = Counter(owner for _, owner in candidates)
+        most = max(counts, key=lambda name: counts[name], default=caller)
+        if worst < priority or counts[most] <= counts[caller] + 1:
             return None
-        return [item for item, (_, owner) in self._place.items() if owner == most][-1]
+        return [item for item, owner in candidates if owner == most][-1]

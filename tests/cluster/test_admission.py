@@ -76,6 +76,8 @@ def test_a_full_queue_lets_go_of_the_newest_of_whoever_floods_it() -> None:
     assert not admission.join(newcomer, 0.0)
     assert admission.crowded_out(newcomer) is flood[2]
     assert admission.crowded_out(Ticket(5, 200, 10, caller="a")) is None
+    assert admission.crowded_out(Ticket(6, 200, 10, caller="a", priority=-1)) is flood[2]
+    assert admission.crowded_out(Ticket(7, 200, 10, caller="b", priority=1)) is None
 
 
 def test_only_those_who_must_wait_fill_the_queue() -> None:

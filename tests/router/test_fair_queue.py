@@ -57,6 +57,22 @@ def test_in_a_full_queue_the_newest_of_the_greediest_caller_makes_room() -> None
     assert queue.crowding_out("b") is None
 
 
+def test_in_a_full_queue_a_worse_priority_makes_room_and_a_better_one_never() -> None:
+    queue = queue_of(("urgent", -1, "a"), ("a0", 0, "a"), ("late 0", 2, "b"), ("late 1", 2, "a"), ("late 2", 2, "a"))
+    queue.put_back("late, back", 2, "b")
+    assert queue.crowding_out("a", 0) == "late 2"
+    assert queue.crowding_out("a", 3) is None
+    queue.remove("late 0")
+    assert queue.crowding_out("c", 2) == "late 2"
+    for item in ("late, back", "late 1", "late 2"):
+        queue.remove(item)
+    assert queue.crowding_out("b", -1) == "a0"
+    queue.remove("a0")
+    assert queue.crowding_out("b", -1) is None
+    queue.remove("urgent")
+    assert queue.crowding_out("b", -1) is None
+
+
 def test_waiting_twice_is_a_bug() -> None:
     queue = queue_of(("a", 0, ""))
     with pytest.raises(AssertionError, match="'a' waits already"):
