@@ -170,7 +170,7 @@ class Drafter:
 
     def note_step(self, num_rows: int, seconds: float) -> None:
         """What a step of generated rows took in all. What is not drafting grows with the rows that were verified."""
-        self.speculation.verify_costs.observe(num_rows, seconds - self._drafting_s)
+        self.speculation.step_costs.observe(num_rows, seconds - self._drafting_s)
 
     def _drafting(self, sequence: Sequence) -> Drafting:
         if sequence.drafting is None:

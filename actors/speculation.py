@@ -98,7 +98,7 @@ class Speculation:
 
     def __init__(self) -> None:
         self.acceptance = Acceptance(memory=64.0)
-        self.verify_costs = Costs()
+        self.step_costs = Costs()
         self.draft_costs = Costs()
         self._depth = MAX_DEPTH
         self._seconds = [1.0] * (MAX_DEPTH + 1)
@@ -118,7 +118,7 @@ class Speculation:
                 self._since_probe, self._probes_left = 0, PROBE_STEPS
                 in_force = self._probed if self._depth == 1 else self._depth  # from the middle, up and down in turns
                 self._probed = MAX_DEPTH - in_force
-                for costs in (self.verify_costs, self.draft_costs):  # they may stem from a cold start, or a busy hour
+                for costs in (self.step_costs, self.draft_costs):  # they may stem from a cold start, or a busy hour
                     costs.doubt()
                 self._wait = min(2 * self._wait, LAST_PROBE)
 
@@ -142,7 +142,7 @@ class Speculation:
 
     def _step_seconds(self, count: int, depth: int) -> float:
         """Expected time of one step in which `count` sequences verify and then draft `depth` tokens each."""
-        total = self.verify_costs.at(count * (1 + depth))
+        total = self.step_costs.at(count * (1 + depth))
         if depth:  # the first pass takes every row just verified, each further one a row a sequence
             total += self.draft_costs.at(count * self.acceptance.tokens(depth))
             total += (depth - 1) * self.draft_costs.at(count)

@@ -36,7 +36,7 @@ class World:
         drafted = [0] * num_sequences
         for _ in range(steps):
             took = self.verify(num_sequences + sum(drafted))
-            policy.verify_costs.observe(num_sequences + sum(drafted), took)
+            policy.step_costs.observe(num_sequences + sum(drafted), took)
             self.clock += took
             rows = []
             for own, depth in zip(self.own, drafted, strict=True):
@@ -134,8 +134,8 @@ def test_what_drafts_cost_in_a_bad_hour_is_forgotten_with_the_next_probe() -> No
 def test_a_sequence_whose_drafts_fail_does_not_draft_among_others_that_do() -> None:
     policy = Speculation()
     for _ in range(2):
-        policy.verify_costs.observe(2, 10.0)
-        policy.verify_costs.observe(6, 12.0)
+        policy.step_costs.observe(2, 10.0)
+        policy.step_costs.observe(6, 12.0)
         policy.draft_costs.observe(2, 3.0)
     good, bad = policy.new_sequence(), policy.new_sequence()
     for _ in range(30):
@@ -182,8 +182,8 @@ def test_costs_keep_few_sizes_apart() -> None:
 def test_probes_grow_rare() -> None:
     policy = Speculation()
     for _ in range(2):
-        policy.verify_costs.observe(1, 1.0)
-        policy.verify_costs.observe(3, 30.0)
+        policy.step_costs.observe(1, 1.0)
+        policy.step_costs.observe(3, 30.0)
         policy.draft_costs.observe(1, 1.0)
     probed = []
     for step in range(6 * LAST_PROBE):
