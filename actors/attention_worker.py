@@ -19,9 +19,10 @@ from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
 from ..model.deepseek import DeepSeekModel
 from ..model.experts import LocalExperts
+from ..model.families import ops_for
 from ..model.kv_cache import BLOCK_SIZE, BlockAllocator, LatentCache, blocks_for
 from ..model.mtp import MtpModule
-from ..model.ops import Ops, ops_for
+from ..model.ops import Ops
 from ..model.self_test import self_test
 from ..model.weights import load_attention, load_experts
 from .devices import device_for
@@ -277,7 +278,7 @@ class AttentionWorker:
         view, failed_steps, load_due, busy = self._view, 0, 0.0, False
         with torch.inference_mode():
             while not endpoint.stopping:
-                events = endpoint.inbox(0.0 if busy else LOAD_INTERVAL_S)
+                events = endpoint.inbox(0.0 if busy or requests.is_sending else LOAD_INTERVAL_S)
                 if view is not self._view:  # its links have been made: we open them before anybody hears so
                     view = self._view
                     events += endpoint.inbox(0.0)

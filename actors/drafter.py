@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,71 +18,13 @@ from ..model.config import ModelConfig
 from ..model.deepseek import OnLayer, Segment
 from ..model.kv_cache import BLOCK_SIZE
 from ..model.mtp import MtpModule
-from ..model.sampler import Ask, NothingToSample, RowSampler, sampler_for
+from ..model.row_sampler import RowSampler, sampler_for
+from ..model.sampler import Ask, NothingToSample
 from ..model.to_device import Numbers, on_device
+from .drafting import Drafting, Rows
+from .expert_side import ExpertSide
 from .sequence import Sequence
-from .speculation import Acceptance, Speculation
-
-MAX_HELD_ROWS = 64  # hidden rows of a sequence kept while nothing is drafted; older ones are given up
-
-
-class ExpertSide(Protocol):
-    """What the engine asks of dispatch besides the model's ExpertBackend; colocated experts never fail."""
-
-    phase: int
-
-    @property
-    def has_waits(self) -> bool:
-        """Whether it calls `while_waiting` in every pass, while rows are away."""
-        ...
-
-    @property
-    def may_redo(self) -> bool:
-        """Whether a pass that loses rows must be run again: no token of it may leave before `is_settled`."""
-        ...
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the pass under way has lost no rows that must come by running it again, as far as it has got."""
-        ...
-
-    def is_settled(self) -> bool: ...
-
-    @property
-    def wait_s(self) -> float: ...
-
-    def take_failed(self) -> dict[int, str]: ...
-
-    def end_step(self) -> None: ...
-
-
-Rows = tuple[Tensor, int, int]  # of hidden [N, H]: the first one and how many
-
-
-@dataclass(slots=True)
-class Drafting:
-    """One sequence: what its drafts have brought, and the hidden rows before `end` that the module has not seen yet."""
-
-    acceptance: Acceptance
-    num_drafted: int = 0
-    num_accepted: int = 0
-    end: int = 0
-    _held: list[Rows] = field(default_factory=list)
-
-    def hold(self, start: int, rows: Rows) -> None:
-        hidden, first, num = rows
-        if start != self.end:
-            self._held.clear()
-        if len(hidden) > MAX_HELD_ROWS:  # or all the rows of a prompt would stay for the sake of one
-            rows = hidden[first : first + num].clone(), 0, num
-        self._held.append(rows)
-        self.end = start + num
-        del self._held[:-MAX_HELD_ROWS]
-
-    def take(self, start: int) -> list[Rows]:
-        """The held rows right before `start`, in order."""
-        held, self._held = self._held, []
-        return held if self.end == start else []
+from .speculation import Speculation
 
 
 @dataclass(slots=True)
@@ -201,7 +142,7 @@ class Drafter:
         self._module_s += time.perf_counter() - started
         sampler, guessed = sampler_for(drafted.logits, lambda: self._asks(pending)), []
         for place, (sequence, row) in enumerate(pending.wanted):
-            token_id = None if row in lost_rows else self._guess(sampler, place, sequence)
+            token_id = None if row in lost_rows else _guess(sampler, self._ask(place, sequence))
             if token_id is not None:
                 sequence.drafts.append(token_id)
                 guessed.append((sequence, (drafted.hidden, place, 1)))
@@ -217,20 +158,10 @@ class Drafter:
         return (self._ask(place, sequence) for place, (sequence, _) in enumerate(pending.wanted))
 
     def _ask(self, place: int, sequence: Sequence) -> Ask:
-        return Ask(place, sequence.params, len(sequence.tokens) + len(sequence.drafts), self._banned(sequence))
-
-    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
-        params, ahead = sequence.params, len(sequence.drafts)
-        if not params.min_tokens:
-            return ()
-        return params.banned_ids(sequence.num_generated + ahead, self.config.eos_token_ids)
-
-    def _guess(self, sampler: RowSampler, place: int, sequence: Sequence) -> int | None:
-        position = len(sequence.tokens) + len(sequence.drafts)
-        try:
-            return sampler.choose(place, sequence.params, position, self._banned(sequence))
-        except NothingToSample:
-            return None
+        """For the draft after those that the sequence has."""
+        ahead = len(sequence.drafts)
+        banned = sequence.banned_ids(ahead, self.config.eos_token_ids)
+        return Ask(place, sequence.params, len(sequence.tokens) + ahead, banned)
 
     def _after(self, guessed: list[tuple[Sequence, Rows]], depths: dict[Sequence, int]) -> Pass:
         """The module once more, on its own output for the row before the draft, where a deeper draft is wanted."""
@@ -242,6 +173,14 @@ class Drafter:
                 pending.add(sequence, position, [rows], sequence.drafts[-1:], absorbed=True)
                 pending.want(sequence)
         return pending
+
+
+def _guess(sampler: RowSampler, ask: Ask) -> int | None:
+    """The drafted token; None where the module's logits make no sense."""
+    try:
+        return sampler.choose(ask.row, ask.params, ask.position, ask.banned)
+    except NothingToSample:
+        return None
 
 
 def _gathered(pieces: list[Rows]) -> Tensor:

@@ -12,11 +12,13 @@ import torch
 
 from ..model.config import ModelConfig
 from ..model.deepseek import Batch, DeepSeekModel, ForwardOutput, Segment
-from ..model.sampler import Ask, NothingToSample, RowSampler, SampledToken, prompt_logprobs, sampler_for
+from ..model.row_sampler import RowSampler, sampler_for
+from ..model.sampler import Ask, NothingToSample, SampledToken, prompt_logprobs
 from ..model.to_device import Numbers
 from .ahead import Ahead, look_ahead
-from .drafter import Computed, Drafter, ExpertSide
-from .kv_transfer import LayerSender
+from .drafter import Computed, Drafter
+from .expert_side import ExpertSide
+from .kv_sender import LayerSender
 from .overlap import Overlap
 from .requests import Requests, wire_logprob
 from .scheduler import Chunk, Plan
@@ -57,6 +59,8 @@ class Engine:
         plan, batch = self._next_batch()
         if plan:
             self._run(plan, batch)
+        else:
+            self.requests.send_waiting()
         if not plan or not self._has_time:
             self.requests.peers.flush()
         if plan:
@@ -199,7 +203,8 @@ class Engine:
         return max(len(tokens) - 1, 0)
 
     def _token(self, sequence: Sequence, ahead: int, sampler: RowSampler, row: int) -> SampledToken:
-        return sampler.token(row, sequence.params, len(sequence.tokens) + ahead, self._banned(sequence, ahead))
+        banned = sequence.banned_ids(ahead, self.config.eos_token_ids)
+        return sampler.token(row, sequence.params, len(sequence.tokens) + ahead, banned)
 
     def _asks(self, plan: Plan) -> Iterator[Ask]:
         """What `_sample` may ask for: of each sequence the last known row's token, and those after its drafts."""
@@ -208,14 +213,8 @@ class Engine:
             end += _num_logit_rows(chunk)
             sequence, first = chunk.sequence, end - 1 - len(chunk.drafts)
             for ahead in range(1 + len(chunk.drafts)) if chunk.is_last and sequence.params.max_tokens else ():
-                position = len(sequence.tokens) + ahead
-                yield Ask(first + ahead, sequence.params, position, self._banned(sequence, ahead))
-
-    def _banned(self, sequence: Sequence, ahead: int) -> tuple[int, ...]:
-        params = sequence.params
-        if not params.min_tokens:
-            return ()
-        return params.banned_ids(sequence.num_generated + ahead, self.config.eos_token_ids)
+                banned = sequence.banned_ids(ahead, self.config.eos_token_ids)
+                yield Ask(first + ahead, sequence.params, len(sequence.tokens) + ahead, banned)
 
     def _goes_on(self, sequence: Sequence, tokens: list[SampledToken], draft: int) -> bool:
         """Whether the next row's input is the token just sampled, and that one does not end the sequence."""

@@ -10,7 +10,7 @@ import torch
 
 from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
-from ..model.ops import ops_for
+from ..model.families import ops_for
 from ..model.self_test import self_test
 from ..model.weights import load_experts
 from .devices import device_for

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..model.kv_cache import BLOCK_SIZE
 from ..model.sampler import SampledToken
 from ..model.sampling_params import SamplingParams
+from .drafting import Drafting
 from .messages import Submit, WireLogprob
-
-if TYPE_CHECKING:
-    from .drafter import Drafting
 
 # waiting: in the prefill queue | prefill: owns blocks, prompt partly computed | handover: prompt done, first token
 # held back until the decode worker has accepted | receiving: blocks reserved, latent rows arriving | decode: running
@@ -25,7 +23,8 @@ class Sequence:
 
     `drafts` are guesses at the tokens after the last one, to be verified by the next step. `order` is that of arrival
     at this worker; `cached_tokens` of the prompt were here when it began. `kv_have` leading rows are at the decode
-    worker without our sending them; `kv_sent` are the positions that have been sent to it.
+    worker without our sending them; `kv_sent` are the positions that have been sent to it, or wait for room on the way.
+    `kv_missing` has for each layer a bit for every position whose rows are to come from the prefill worker.
     """
 
     id: str
@@ -49,7 +48,7 @@ class Sequence:
     accepted: bool = False
     number: int = 0
     source: str = ""
-    rows_received: int = 0
+    kv_missing: list[int] = field(default_factory=list)
     prompt_logprobs: list[WireLogprob | None] = field(default_factory=list)
     first_token: SampledToken | None = None
     arrived_ns: int = field(default_factory=time.time_ns)
@@ -102,6 +101,11 @@ class Sequence:
     def reaches(self, num_positions: int) -> bool:
         """Whether its blocks have room for so many."""
         return len(self.block_table) * BLOCK_SIZE >= num_positions
+
+    def banned_ids(self, ahead: int, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """What the token `ahead` places after the next one must not be."""
+        params = self.params
+        return params.banned_ids(self.num_generated + ahead, eos_token_ids) if params.min_tokens else ()
 
     def finish_reason(self, eos_token_ids: tuple[int, ...]) -> Literal["stop", "length"] | None:
         """Whether the newest token ends the sequence."""

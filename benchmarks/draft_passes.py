@@ -17,9 +17,9 @@ from braid.model.checkpoint import Checkpoint
 from braid.model.config import ModelConfig
 from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.experts import LocalExperts
+from braid.model.families import ops_for
 from braid.model.kv_cache import LatentCache
 from braid.model.mtp import MtpModule
-from braid.model.ops import ops_for
 from braid.model.weights import load_attention, load_experts
 
 DTYPE = torch.bfloat16

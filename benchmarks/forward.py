@@ -22,8 +22,8 @@ from braid.model.checkpoint import Checkpoint
 from braid.model.config import ModelConfig
 from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.experts import LocalExperts
+from braid.model.families import ops_for
 from braid.model.kv_cache import BLOCK_SIZE, LatentCache, blocks_for
-from braid.model.ops import ops_for
 from braid.model.weights import load_attention, load_experts
 
 CONTEXT = 160

@@ -35,8 +35,8 @@ from braid.benchmarks.rivals.engine_process import Command, EngineFailed, Engine
 from braid.benchmarks.rivals.install import BENCH
 from braid.benchmarks.roofline import measure_machine
 from braid.model.config import ModelConfig
+from braid.model.families import ops_for
 from braid.model.kv_cache import BLOCK_SIZE, LatentCache, blocks_for
-from braid.model.ops import ops_for
 
 RESULTS = Path(__file__).resolve().parent / "results" / "growth.json"
 START_TIMEOUT_S, JOB_TIMEOUT_S = 300.0, 900.0

@@ -32,8 +32,8 @@ from braid.actors.links import Hello, Link
 from braid.actors.listener import Listener
 from braid.actors.pipe import Transport
 from braid.actors.reactor import Closed, Event, Opened, Reactor
+from braid.model.families import ops_for
 from braid.model.network_weights import ExpertWeights
-from braid.model.ops import ops_for
 from braid.router.expert_map import Owner, assign, build_map
 
 SECRET = b"only for this benchmark, no secret at all"

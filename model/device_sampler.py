@@ -45,7 +45,7 @@ class DeviceSampler:
             return self._host.choose(self._host_row[row], params, position, banned)
         token_id = tokens[self._place[row]]
         if token_id < 0:
-            raise NothingToSample([row], [position])
+            raise NothingToSample([position])
         return token_id
 
     def is_finite(self, row: int) -> bool:

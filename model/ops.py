@@ -1,4 +1,4 @@
-"""The network's operations, and the families that compute them: torch's reference, native CPU kernels, and Triton.
+"""The network's operations. Families compute them: torch's reference, native CPU kernels, and Triton (families.py).
 
 A row has the same bits within one family whatever is beside it; two families round differently, so that a cluster runs
 one of them only (`family`). Weights are packed for a family and name it (`AttentionWeights.ops`, `ExpertWeights.ops`).
@@ -12,13 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..kernels import native
 from ..kernels.quant import BlockFp8
-from .config import ModelConfig, Quantization
-from .native_ops import NativeOps
-from .torch_ops import TorchOps
-
-CPU = torch.device("cpu")
+from .config import ModelConfig
 
 # What a family packed, only for itself to read: a matrix [N, K], or those of all heads or experts.
 Matrix = Any
@@ -204,17 +199,3 @@ class Ops(Protocol):
     def combine(self, shared: Tensor | None, rows: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
         """shared: [M, H], rows: [M, k, H], topk_weights: fp32 [M, k] -> [M, H]; fp32 sums, shared first, then slots."""
         ...
-
-
-def ops_for(dtype: torch.dtype, device: torch.device = CPU, quantization: Quantization | None = None) -> Ops:
-    """What a worker computes with on this device; `quantization`: the checkpoint's (config.quantization).
-
-    Raises ValueError where a GPU is to compute in another dtype than bfloat16.
-    """
-    if device.type == "cpu":
-        return NativeOps() if native.available(dtype) else TorchOps(is_packing=True)
-    if dtype != torch.bfloat16:
-        raise ValueError(f"a GPU computes in bfloat16, not {dtype}: set dtype to auto or bfloat16")
-    from .triton_ops import TritonOps  # triton is installed where torch was built for CUDA only
-
-    return TritonOps(device, quantization)

@@ -7,9 +7,8 @@ Filters apply in vLLM's order: temperature, min_p, top_k, top_p. Ties rank the l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +16,7 @@ import torch
 from torch import Tensor
 
 from .noise import gumbel_of, random_bits
-from .sampling_params import MAX_LOGPROBS, SamplingParams
-
-__all__ = [
-    "MAX_LOGPROBS",
-    "Ask",
-    "NothingToSample",
-    "RowSampler",
-    "SampledToken",
-    "Sampler",
-    "SamplingParams",
-    "prompt_logprobs",
-    "sample",
-    "sampler_for",
-    "with_logprobs",
-]
+from .sampling_params import SamplingParams
 
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -40,11 +25,10 @@ SLACK = 1e-6  # far above a rounding error of scores and noise
 
 
 class NothingToSample(FloatingPointError):
-    """The logits in `rows` are NaN, infinite or all banned; the other rows can be sampled without them."""
+    """The logits of these rows are NaN, infinite or all banned; other rows can be sampled without them."""
 
-    def __init__(self, rows: list[int], positions: list[int]) -> None:
+    def __init__(self, positions: Sequence[int]) -> None:
         super().__init__(f"logits are NaN, infinite or all banned at positions {positions}: nothing can be sampled")
-        self.rows = rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +48,6 @@ class Ask:
     params: SamplingParams
     position: int
     banned: Sequence[int] = ()
-
-
-class RowSampler(Protocol):
-    """The tokens that the rows of one pass give."""
-
-    def token(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> SampledToken:
-        """With the log-probabilities that the request asks for. Raises NothingToSample."""
-        ...
-
-    def choose(self, row: int, params: SamplingParams, position: int, banned: Sequence[int] = ()) -> int: ...
-
-    def is_finite(self, row: int) -> bool:
-        """Whether a row that gives nothing has good logits after all: then everything in it is banned."""
-        ...
-
-
-def sampler_for(logits: Tensor, asks: Callable[[], Iterable[Ask]]) -> RowSampler:
-    """logits: [R, vocab] fp32. `asks`: all that may be asked of it, which on a GPU is sampled at once."""
-    if logits.device.type == "cpu":
-        return Sampler(logits)
-    from .device_sampler import DeviceSampler  # triton is installed where torch was built for CUDA only
-
-    return DeviceSampler(logits, asks())
 
 
 class Sampler:
@@ -116,44 +77,23 @@ class Sampler:
             raw[[token for token in banned if token < len(raw)]] = -np.inf
             token_id = int(raw.argmax())
         if not math.isfinite(raw[token_id]):
-            raise NothingToSample([row], [position])
+            raise NothingToSample([position])
         return _sample_row(raw, token_id, params, position) if params.temperature > 0 else token_id
 
     def is_finite(self, row: int) -> bool:
         return math.isfinite(self._raw[row, self._greedy[row]])
 
 
-def sample(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    banned: Sequence[Sequence[int]] | None = None,
-) -> list[SampledToken]:
-    """One token of every row, by `Sampler`'s rules. Raises NothingToSample with all the rows that give none."""
-    assert logits.shape[0] == len(params) == len(positions), (logits.shape, len(params), len(positions))
-    sampler, tokens, bad = Sampler(logits), [], []
-    for row, (p, position) in enumerate(zip(params, positions, strict=True)):
-        try:
-            tokens.append(sampler.token(row, p, position, banned[row] if banned else ()))
-        except NothingToSample:
-            bad.append(row)
-    if bad:
-        raise NothingToSample(bad, [positions[row] for row in bad])
-    return tokens
-
-
 def prompt_logprobs(logits: Tensor, targets: Tensor, top: int) -> list[SampledToken]:
-    """logits: [N, vocab] fp32 at N prompt positions; targets: [N] int64, the token that follows each one."""
+    """logits: [N, vocab] fp32 at N prompt positions; targets: [N] int64, the token that follows each one.
+
+    Raises NothingToSample, with places among the N.
+    """
     assert logits.shape[0] == targets.shape[0], (logits.shape, targets.shape)
     logits = logits.cpu()
-    _check_finite(logits.amax(dim=-1), range(logits.shape[0]))
+    if bad := torch.isfinite(logits.amax(dim=-1)).logical_not().nonzero().flatten().tolist():
+        raise NothingToSample(bad)
     return [with_logprobs(row, int(target), top) for row, target in zip(logits, targets.tolist(), strict=True)]
-
-
-def _check_finite(best: Tensor, positions: Sequence[int]) -> None:
-    bad: list[int] = torch.isfinite(best).logical_not().nonzero().flatten().tolist()
-    if bad:
-        raise NothingToSample(bad, [positions[row] for row in bad])
 
 
 def _sample_row(logits: Logits, best: int, params: SamplingParams, position: int) -> int:

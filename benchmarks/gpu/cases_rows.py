@@ -10,8 +10,8 @@ from torch import Tensor
 
 from braid.kernels.gpu import combine, gate, norm, sample
 from braid.kernels.gpu.sample import SamplingRows
-from braid.model import sampler
 from braid.model.config import ModelConfig
+from braid.model.sampler import Sampler
 from braid.model.sampling_params import SamplingParams
 from braid.router.gate import route
 
@@ -129,7 +129,7 @@ def _sample(draw: Draw, rows: int, vocab: int, top_k: int, top_p: float) -> Run:
             SamplingParams(max_tokens=1, temperature=0.8, top_k=top_k, top_p=top_p, seed=seed)
             for seed in seeds.tolist()
         ]
-        chosen = sampler.sample(logits.cpu(), params, positions.tolist())
-        return torch.tensor([token.token_id for token in chosen])
+        on_host, asked_of = Sampler(logits), enumerate(zip(params, positions.tolist(), strict=True))
+        return torch.tensor([on_host.choose(row, own, position) for row, (own, position) in asked_of])
 
     return Run(lambda: sample.sample(logits, asked, has_top_k=top_k > 0, has_top_p=top_p < 1), expected)

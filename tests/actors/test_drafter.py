@@ -18,7 +18,8 @@ import pytest
 import torch
 from scripted_engines import CONFIG, Front, Heard, Worker, connect
 
-from braid.actors.drafter import MAX_HELD_ROWS, Drafter, Drafting
+from braid.actors.drafter import Drafter
+from braid.actors.drafting import MAX_HELD_ROWS, Drafting
 from braid.actors.kv_transfer import checksum_of
 from braid.actors.messages import KV_LAYER, Kind, pack
 from braid.actors.speculation import MAX_DEPTH, Acceptance, Speculation

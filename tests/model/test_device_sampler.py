@@ -11,7 +11,9 @@ import triton_interpreter
 from torch import Tensor
 
 from braid.model.device_sampler import DeviceSampler
-from braid.model.sampler import Ask, NothingToSample, Sampler, SamplingParams, sampler_for
+from braid.model.row_sampler import sampler_for
+from braid.model.sampler import Ask, NothingToSample, Sampler
+from braid.model.sampling_params import SamplingParams
 
 triton_interpreter.repair()
 

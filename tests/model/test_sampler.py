@@ -1,5 +1,6 @@
 """Sampled tokens follow the exact filtered distribution and never depend on the rest of the batch."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,20 @@ import pytest
 import torch
 
 from braid.model.noise import gumbel_of, random_bits
-from braid.model.sampler import SampledToken, SamplingParams, prompt_logprobs, sample
+from braid.model.sampler import NothingToSample, SampledToken, Sampler, prompt_logprobs
+from braid.model.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.5, 0.0, -1.0, -3.0, 1.5])
+
+
+def sample(
+    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], banned: Sequence[int] = ()
+) -> list[SampledToken]:
+    """One token of every row."""
+    sampler = Sampler(logits)
+    asked = enumerate(zip(params, positions, strict=True))
+    return [sampler.token(row, own, position, banned) for row, (own, position) in asked]
 
 
 def exact(params: SamplingParams) -> npt.NDArray[np.float64]:
@@ -120,10 +131,10 @@ def test_top_p_of_a_flat_large_vocabulary_keeps_a_whole_share() -> None:
 
 def test_banned_tokens_are_not_sampled_and_logprobs_stay_raw() -> None:
     params = replace(GREEDY, logprobs=1)
-    (token,) = sample(LOGITS[None], [params], [0], banned=[(0, 7, 5_000)])
+    (token,) = sample(LOGITS[None], [params], [0], banned=(0, 7, 5_000))
     raw = torch.log_softmax(LOGITS, -1)
     assert token == SampledToken(1, float(raw[1]), ((0, float(raw[0])),))
-    drawn = sample(LOGITS.expand(200, -1), [SamplingParams(1)] * 200, range(200), banned=[(0,)] * 200)
+    drawn = sample(LOGITS.expand(200, -1), [SamplingParams(1)] * 200, range(200), banned=(0,))
     assert 0 not in {token.token_id for token in drawn}
 
 
@@ -152,8 +163,13 @@ def test_prompt_logprobs_are_those_of_the_given_tokens() -> None:
 def test_poisoned_logits_are_named_by_position(poison: float) -> None:
     logits = LOGITS.repeat(3, 1)
     logits[1, 4] = poison
+    sampler = Sampler(logits)
     with pytest.raises(FloatingPointError, match=r"positions \[18\]"):
-        sample(logits, [GREEDY] * 3, [17, 18, 19])
+        sampler.token(1, GREEDY, 18)
+    assert not sampler.is_finite(1)
+    assert [sampler.token(row, GREEDY, 17 + row).token_id for row in (0, 2)] == [0, 0]
+    with pytest.raises(NothingToSample, match=r"positions \[1\]"):
+        prompt_logprobs(logits, torch.tensor([0, 0, 0]), 1)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from small_models import small_model
 from torch import Tensor
 
 from braid.kernels.attention import DecodePlan
-from braid.model.ops import ops_for
+from braid.model.families import ops_for
 from braid.model.self_test import SelfTestError, self_test
 from braid.model.torch_ops import TorchOps
 

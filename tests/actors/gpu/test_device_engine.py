@@ -8,11 +8,11 @@ from typing import cast
 from scripted_engines import CONFIG, EOS, Front, Worker, connect, token_at
 
 from braid.actors.engine import Engine
-from braid.actors.kv_transfer import LayerSender
+from braid.actors.kv_sender import LayerSender
 from braid.actors.scheduler import Plan
 from braid.model.deepseek import Batch, DeepSeekModel, ForwardOutput
 from braid.model.device_sampler import DeviceSampler
-from braid.model.sampler import RowSampler
+from braid.model.row_sampler import RowSampler
 from braid.model.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0)

@@ -14,7 +14,8 @@ from torch import Tensor
 from braid.kernels.gpu import filters, noise, sample
 from braid.kernels.gpu.sample import SamplingRows
 from braid.model.noise import gumbel_of, random_bits
-from braid.model.sampler import NothingToSample, Sampler, SamplingParams
+from braid.model.sampler import NothingToSample, Sampler
+from braid.model.sampling_params import SamplingParams
 
 
 @pytest.fixture(autouse=True)
