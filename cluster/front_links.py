@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from ..actors.dialing import choose_transport, dial, host_id
@@ -44,6 +46,31 @@ class Told:
 
 
 News = Joined | Left | Told
+
+
+class _Attempt:
+    """One dial, in a thread, which cannot be cancelled: nobody may be left to take what it makes, not even the loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._link: Link | None = None
+        self._is_given_up = False
+
+    def make(self, dial_once: Callable[[], Link]) -> Link:
+        link = dial_once()
+        with self._lock:
+            self._link = link
+            is_late = self._is_given_up
+        if is_late:
+            link.close("no longer wanted")
+        return link
+
+    def give_up(self) -> None:
+        with self._lock:
+            self._is_given_up = True
+            link = self._link
+        if link is not None:
+            link.close("no longer wanted")
 
 
 class FrontLinks:
@@ -136,15 +163,13 @@ class FrontLinks:
 
     async def _dial(self, worker: WorkerInfo) -> Link | None:
         assert self._view is not None, "dialing without a view"
-        settings = self.settings
+        settings, attempt = self.settings, _Attempt()
         try:
             transport = choose_transport(self.hello, worker.host_id, self._view.transport, bulk=False)
-            dialing = asyncio.ensure_future(
-                asyncio.to_thread(dial, worker, self.hello, settings.secret, transport, settings.link_timeout_s)
-            )
-            return await asyncio.shield(dialing)
+            dial_once = partial(dial, worker, self.hello, settings.secret, transport, settings.link_timeout_s)
+            return await asyncio.to_thread(attempt.make, dial_once)
         except asyncio.CancelledError:
-            dialing.add_done_callback(_hang_up)  # a thread cannot be cancelled: what it still makes is closed
+            attempt.give_up()
             raise
         except (LinkError, ValueError) as error:
             log.warning("%s cannot reach %s#%d: %s", settings.name, worker.name, worker.incarnation, error)
@@ -208,8 +233,3 @@ def _read(event: Event) -> News | None:
     except ValueError as error:
         event.link.close(f"{peer.name} sent a message that cannot be read: {error}")  # Closed follows
         return None
-
-
-def _hang_up(dialing: asyncio.Future[Link]) -> None:
-    if not dialing.cancelled() and dialing.exception() is None:
-        dialing.result().close("no longer wanted")

@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from scripted_worker import SECRET, ScriptedWorker, run, until, view_of
+from scripted_worker import SECRET, WAIT_S, ScriptedWorker, run, until, view_of
 
+from braid.actors.dialing import host_id
+from braid.actors.handshake import welcome
+from braid.actors.links import Hello
+from braid.actors.listener import bind_unix
 from braid.actors.messages import Kind
 from braid.actors.reactor import Event
+from braid.actors.view import ClusterView, WorkerInfo
 from braid.cluster.front_links import FrontLinks, Joined, Left, News, Told
 from braid.cluster.request import FrontEndSettings
 
@@ -111,6 +120,42 @@ def test_closing_while_dialling_leaves_nothing_behind(run_dir: Path) -> None:
         worker.die()
 
     run(scenario())
+
+
+def test_a_link_that_is_made_when_nobody_waits_any_more_is_hung_up(run_dir: Path) -> None:
+    path, hello = str(run_dir / "w.1"), Hello("w", "both", 1, host_id())
+    is_dialed, is_over = threading.Event(), threading.Event()
+
+    def answer(listening: socket.socket) -> bytes:
+        """Ends the handshake only when the front end's loop is over."""
+        sock, _ = listening.accept()
+        is_dialed.set()
+        with sock:
+            assert is_over.wait(WAIT_S)
+            welcome(sock, hello, SECRET, time.monotonic() + WAIT_S)
+            sock.settimeout(WAIT_S)
+            return sock.recv(1)
+
+    async def see_the_end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            is_over.set()
+
+    async def scenario() -> None:
+        worker = WorkerInfo("w", "both", 1, host_id(), path, "", 0, 0, "node")
+        links = FrontLinks(dataclasses.replace(SETTINGS, link_timeout_s=2 * WAIT_S), Ear().hear)
+        applying = asyncio.create_task(links.apply(ClusterView(1, (worker,), None)))
+        assert await asyncio.to_thread(is_dialed.wait, WAIT_S)
+        await links.close()
+        await applying
+        asyncio.create_task(see_the_end())  # noqa: RUF006 - cancelled with all that is left
+        await asyncio.sleep(0)
+
+    with bind_unix(path) as listening, ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(answer, listening)
+        run(scenario())
+        assert heard.result() == b""
 
 
 def test_links_that_cannot_be_polled_are_lost_aloud(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
