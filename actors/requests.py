@@ -16,7 +16,8 @@ from ..model.config import ModelConfig
 from ..model.kv_cache import LatentCache
 from ..model.sampler import SampledToken
 from .cache_memory import memory_of
-from .kv_transfer import Damaged, LayerSender, open_message, receive_layer, sequence_from_open, take_spans
+from .kv_sender import KvSender, LayerSender, Span
+from .kv_transfer import Damaged, missing_rows, open_message, receive_layer, sequence_from_open
 from .links import Link
 from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, pack, unpack
 from .peers import Peers
@@ -53,7 +54,8 @@ class Requests:
         self.tracer = tracer
         self.kv_checksums = kv_checksums
         self._memory = memory_of(cache)
-        self._sender = LayerSender(self._memory, [], kv_checksums)
+        self._kv_sender = KvSender(self._memory, len(cache.layers), kv_checksums)
+        self._layer_sender = LayerSender(self._kv_sender, [])
         self.peers = Peers(describe_load)
         self.counters: Counter[str] = Counter()
         self._sequences: dict[str, Sequence] = {}
@@ -148,6 +150,7 @@ class Requests:
         else:
             self._sequences[sequence.id] = sequence
             self._receiving[event.link.peer.name, sequence.number] = sequence
+            sequence.kv_missing = missing_rows(sequence, len(self.cache.layers))
             accepted = {"number": sequence.number, "have": sequence.cached_tokens}
             self.peers.send(event.link, Kind.KV_ACCEPTED, pack(accepted))
             return
@@ -167,7 +170,7 @@ class Requests:
             receive_layer(self._memory, self._receiving, event.link, event.message, self.kv_checksums)
         except Damaged as error:
             self.counters["kv_damaged"] += 1
-            self.fail(error.sequence, "unavailable", str(error))
+            log.warning("%s", error)
 
     def _on_kv_done(self, event: Received) -> None:
         body = unpack(event.message.meta)
@@ -175,16 +178,17 @@ class Requests:
         if sequence is None:
             return
         check_tokens([body["token_id"], *body["drafts"]], self.config)
-        expected = (sequence.num_prompt - sequence.cached_tokens) * len(self.cache.layers)
-        if sequence.rows_received != expected:
-            told = f"{sequence.rows_received} of {expected} latent rows arrived from {event.link.peer.name}"
-            self.fail(sequence, "internal", told)
-            return
-        sequence.num_computed = sequence.num_prompt
         sequence.tokens.append(body["token_id"])
-        sequence.drafts = body["drafts"][:MAX_DEPTH]
         sequence.started_ns = time.time_ns()
         self.counters["kv_bytes_in"] += sequence.kv_bytes
+        if num_missing := sum(layer.bit_count() for layer in sequence.kv_missing):
+            log.warning(
+                "%s: %d rows have not arrived from %s: computed here", sequence.id, num_missing, sequence.source
+            )
+            self.scheduler.recompute(sequence)
+            return
+        sequence.num_computed = sequence.num_prompt
+        sequence.drafts = body["drafts"][:MAX_DEPTH]
         self.scheduler.start_decode(sequence)
 
     def _on_kv_abort(self, event: Received) -> None:
@@ -252,27 +256,36 @@ class Requests:
 
         `is_whole`: whether the pass that runs has lost no rows so far.
         """
-        bound = [(chunk, link) for chunk in plan if not chunk.absorbed and (link := self.kv_link(chunk.sequence))]
-        spans = [span for chunk, link in bound for span in take_spans(chunk.sequence, link, chunk.start + chunk.num)]
-        self._sender = LayerSender(self._memory, spans, self.kv_checksums, is_whole)
-        return self._sender
+        take, spans = self._kv_sender.take, list[Span]()
+        for chunk in plan:
+            if not chunk.absorbed and (link := self.kv_link(chunk.sequence)):
+                spans += take(chunk.sequence, link, chunk.start, chunk.start + chunk.num)
+        self.send_waiting()
+        self._layer_sender = LayerSender(self._kv_sender, spans, is_whole)
+        return self._layer_sender
 
     def hand_over_ready(self, plan: Plan) -> None:
         """At the end of a step: whose first token is known goes to its decode worker, if that one has accepted."""
-        self._sender.finish()
+        self._layer_sender.finish()
         for chunk in plan:
             if chunk.sequence.state == "handover" and chunk.sequence.accepted:
                 self._hand_over(chunk.sequence)
+        self.send_waiting()
+
+    def send_waiting(self) -> None:
+        """Rows that links had no room for; whose last ones leave is handed over."""
+        for sequence in self._kv_sender.drain():
+            if sequence.state == "handover" and sequence.accepted:
+                self._hand_over(sequence)
 
     def _hand_over(self, sequence: Sequence) -> None:
-        """The prompt's rows leave and the decode worker has room: it goes on from the first token."""
+        """The decode worker has room and the first token is known: it goes on from there, once all rows have left."""
         token, link = sequence.first_token, self.kv_link(sequence)
         assert token is not None, f"{sequence.id} handed over without a first token"
         if link is not None:
-            send_rest = LayerSender(self._memory, take_spans(sequence, link, sequence.num_prompt), self.kv_checksums)
-            for layer in range(len(self.cache.layers)):
-                send_rest(layer)
-            send_rest.finish()
+            self._kv_sender.take(sequence, link, sequence.num_prompt, sequence.num_prompt)
+            if self._kv_sender.is_waiting(sequence):
+                return
         done = pack({"number": sequence.number, "token_id": token.token_id, "drafts": sequence.drafts})
         if link is None or not self.peers.send(link, Kind.KV_DONE, done):
             self.fail(sequence, "unavailable", f"decode worker {sequence.target} is gone")
@@ -296,6 +309,11 @@ class Requests:
         self.tracer.record("kv_transfer", sequence.carrier, started_ns, now, attributes)
         self.counters["kv_bytes_out"] += sequence.kv_bytes
         return {**spent, "kv_bytes": sequence.kv_bytes}
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether rows that wait could leave at once: a round of the serving thread sends some, not all."""
+        return self._kv_sender.has_room
 
     def kv_link(self, sequence: Sequence) -> Link | None:
         return self.peers.link_to(sequence.target) if (sequence.target, sequence.number) in self._sent else None
@@ -334,6 +352,7 @@ class Requests:
 
     def _forget(self, sequence: Sequence) -> None:
         self._sequences.pop(sequence.id, None)
+        self._kv_sender.forget(sequence)
         self.scheduler.finish(sequence)
 
     def fail_all(self, code: ErrorCode, message: str, *states: State) -> None:

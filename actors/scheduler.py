@@ -100,15 +100,16 @@ class Scheduler:
         sequence.state = "decode"
         self.decoding.append(sequence)
 
+    def recompute(self, sequence: Sequence) -> None:
+        """Rows that another worker was to send are missing: it is replayed here, as after a preemption."""
+        self._put_back(sequence)
+
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out wherever it stands and frees its blocks at once."""
         assert sequence.state != "finished", f"sequence {sequence.id} finished twice"
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        for queue in (self.prefilling, self.receiving, self.decoding):
-            if sequence in queue:
-                queue.remove(sequence)
-        self._release(sequence)
+        self._take_out(sequence)
         sequence.state = "finished"
 
     def _enter(self, sequence: Sequence) -> None:
@@ -268,14 +269,17 @@ class Scheduler:
         return self.decoding + [s for s in self.prefilling if s.state == "prefill" and not s.target]
 
     def _preempt(self, sequence: Sequence) -> None:
-        (self.decoding if sequence.state == "decode" else self.prefilling).remove(sequence)
-        self._release(sequence)
+        self._put_back(sequence)
+        self.counters["preemptions"] += 1
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Ahead of everything of its priority, with all its tokens and no blocks."""
+        self._take_out(sequence)
         sequence.state = "waiting"
         sequence.num_computed = 0
         sequence.drafts = []
         sequence.prompt_logprobs = []  # sent with the first token, or begun anew
         self.waiting.put_back(sequence, sequence.priority, sequence.caller)
-        self.counters["preemptions"] += 1
 
     def _num_blocks(self, sequence: Sequence) -> int:
         """For what is known and the next token."""
@@ -299,7 +303,10 @@ class Scheduler:
         sequence.cached_tokens = sequence.num_computed = num_shared * BLOCK_SIZE
         return True
 
-    def _release(self, sequence: Sequence) -> None:
+    def _take_out(self, sequence: Sequence) -> None:
+        for queue in (self.prefilling, self.receiving, self.decoding):
+            if sequence in queue:
+                queue.remove(sequence)
         self.allocator.free(sequence.block_table)
         sequence.block_table = []
 

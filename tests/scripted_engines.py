@@ -6,18 +6,21 @@ for, so that a row which was lost, or written into somebody else's block, is not
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
 from braid.actors.engine import Engine
-from braid.actors.links import Hello, Link, LinkClosed
+from braid.actors.links import DEFAULT_MAX_QUEUED_BYTES, Hello, Link, LinkClosed
 from braid.actors.messages import Kind, Submit, pack, unpack
+from braid.actors.pipe import Piece
 from braid.actors.reactor import Closed, Reactor, Received
 from braid.actors.requests import Requests
 from braid.actors.scheduler import Scheduler
@@ -178,7 +181,7 @@ class Worker:
             self.requests.fail_step(str(error))
             busy = False
         self.scheduler.check()
-        return busy
+        return busy or self.requests.is_sending or any(link.queued_bytes for link in self.reactor.links())
 
     def close(self) -> None:
         self.reactor.close()
@@ -191,6 +194,7 @@ class Worker:
         requests = self.requests
         left = [requests._sequences, requests._sent, requests._receiving, requests.peers.outbox]
         assert left == [{}, {}, {}, {}]
+        assert requests._kv_sender._waiting == {}
         self.assert_idle()
 
 
@@ -273,10 +277,35 @@ class Front:
             heard.errors.append(item["error"])
 
 
-def connect(one: Worker | Front, other: Worker | Front) -> tuple[Link, Link]:
+class NarrowPipe(SocketPipe):
+    """Has room for a few bytes, and again each time epoll tells of room."""
+
+    BYTES = 1500
+    room = BYTES
+
+    def ready(self, fd: int, mask: int) -> None:
+        super().ready(fd, mask)
+        if mask & select.EPOLLOUT:
+            self.room = self.BYTES
+
+    def write(self, pieces: Items[Piece]) -> int:
+        written = super().write([b"".join(pieces)[: self.room]])
+        self.room -= written
+        return written
+
+
+def connect(
+    one: Worker | Front,
+    other: Worker | Front,
+    pipe: type[SocketPipe] = SocketPipe,
+    max_queued_bytes: int = DEFAULT_MAX_QUEUED_BYTES,
+) -> tuple[Link, Link]:
     """A link whose ends are both here: (the end that `one` holds, the end that `other` holds)."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    ends = Link(other.hello, SocketPipe(left, "unix")), Link(one.hello, SocketPipe(right, "unix"))
+    ends = (
+        Link(other.hello, pipe(left, "unix"), max_queued_bytes),
+        Link(one.hello, pipe(right, "unix"), max_queued_bytes),
+    )
     for side, link in zip((one, other), ends, strict=True):
         if isinstance(side, Front):
             side.links[link.peer.name] = link

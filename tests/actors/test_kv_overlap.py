@@ -11,7 +11,7 @@ import torch
 from scripted_engines import CONFIG, Front, Worker, connect
 
 from braid.actors.cache_memory import HostMemory, Reading, Runs
-from braid.actors.kv_transfer import LayerSender, Span
+from braid.actors.kv_sender import KvSender, LayerSender, Span
 from braid.actors.links import Hello, Link
 from braid.actors.messages import KV_LAYER, Kind
 from braid.actors.reactor import Reactor, Received
@@ -81,7 +81,7 @@ class Transfer:
         params = SamplingParams(max_tokens=10)
         sequence = Sequence("r", "front-0", "b", [5] * NUM_ROWS, NUM_ROWS, params, {}, 0.0)
         span = Span(sequence, self.link, 0, NUM_ROWS, [(64, NUM_ROWS)])
-        return LayerSender(device, [span], True, device.is_whole), device
+        return LayerSender(KvSender(device, NUM_LAYERS, True), [span], device.is_whole), device
 
     def heard(self) -> list[int]:
         """The layers that have come since it was asked last; their rows are looked at."""
@@ -163,7 +163,7 @@ def test_an_engine_sends_what_a_device_has_computed_before_it_asks_for_tokens() 
     link, _ = connect(a, b)
     memory = a.requests._memory
     assert isinstance(memory, HostMemory)
-    device = a.requests._memory = Device(memory, link, lag=1000)
+    device = a.requests._kv_sender.memory = Device(memory, link, lag=1000)
     for side in (a, b, front):
         side.listen()
     front.submit("a", "b", NUM_ROWS, SamplingParams(max_tokens=2, temperature=0.0))

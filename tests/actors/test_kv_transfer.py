@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-import socket
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import pytest
-from scripted_engines import Front, Worker, answer_to, connect
+from scripted_engines import Front, NarrowPipe, Worker, answer_to, connect
 
 from braid.actors.kv_transfer import runs
-from braid.actors.links import Link
+from braid.actors.messages import KV_LAYER, Kind
 from braid.actors.pipe import Piece
 from braid.actors.socket_pipe import SocketPipe
 from braid.model.sampling_params import SamplingParams
 
-TEN = SamplingParams(max_tokens=10, temperature=0.0)
+ONE, TEN = SamplingParams(max_tokens=1, temperature=0.0), SamplingParams(max_tokens=10, temperature=0.0)
 NUM_LAYERS, ROW_BYTES = 2, 6 * 4
 
 
@@ -137,34 +137,176 @@ class Harmful(SocketPipe):
         return super().write(sent)
 
 
-def test_rows_that_are_damaged_on_the_way_end_their_request_by_name_and_no_other(pair: Pair) -> None:
-    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    pipe = Harmful(left, "unix")
-    pair.a.reactor.add(Link(pair.b.hello, pipe))
-    pair.b.reactor.add(Link(pair.a.hello, SocketPipe(right, "unix")))
+class Repeating(SocketPipe):
+    """Sends the first layer's 30 rows again in place of the second's."""
+
+    harmed = 0
+    first: Sequence[Piece] = ()
+
+    def write(self, pieces: Sequence[Piece]) -> int:
+        if len(pieces[-1]) != 30 * ROW_BYTES:
+            return super().write(pieces)
+        if self.first:
+            self.harmed += 1
+        self.first = self.first or [bytes(piece) for piece in pieces]
+        return super().write(self.first)
+
+
+@pytest.mark.parametrize(("kind", "num_damaged"), [(Harmful, 1), (Repeating, 0)])
+def test_what_does_not_come_as_it_was_sent_is_computed_again(
+    pair: Pair, kind: type[Harmful | Repeating], num_damaged: int
+) -> None:
+    to_b, _ = connect(pair.a, pair.b, kind)
     pair.a.listen()
     pair.b.listen()
     struck, spared = (pair.front.submit("a", "b", num, TEN) for num in (30, 40))
     pair.run()
+    pipe = to_b._pipe
+    assert isinstance(pipe, kind)
     assert pipe.harmed == 1
-    [error] = pair.front.heard[struck].errors
-    assert error["code"] == "unavailable"
-    assert error["message"].startswith("layer 0 of positions 0 to 29 of its KV cache arrived damaged from a")
-    assert pair.b.requests.counters["kv_damaged"] == 1
-    assert pair.front.heard[spared].finishes == ["length"]
+    assert pair.b.requests.counters["kv_damaged"] == num_damaged
+    assert pair.b.requests.counters["failed"] == pair.a.requests.counters["failed"] == 0
+    for name, num_prompt in ((struck, 30), (spared, 40)):
+        heard = pair.front.heard[name]
+        assert [heard.tokens[index] for index in range(len(heard.tokens))] == answer_to(num_prompt, TEN)
+        assert (heard.finishes, heard.errors) == (["length"], [])
 
 
-def test_rows_that_no_queue_could_take_end_their_request_and_no_other(pair: Pair) -> None:
+def test_a_sequence_that_is_computed_again_hangs_on_its_prefill_worker_no_more(pair: Pair) -> None:
+    to_b, _ = connect(pair.a, pair.b, Harmful)
     pair.a.listen()
     pair.b.listen()
-    (link,) = [link for link in pair.a.reactor.links() if link.peer.name == "b"]
-    struck, spared = pair.front.submit("a", "b", 45, TEN), pair.front.submit("a", "a", 40, TEN)
-    pair.a.listen()
-    link.max_queued_bytes = 45 * ROW_BYTES - 1
+    name = pair.front.submit("a", "b", 30, TEN)
+    while pair.a.requests.counters["kv_bytes_out"] == 0:
+        pair.a.turn()
+        pair.b.listen()
+    pair.b.listen()
+    [sequence] = pair.b.scheduler.waiting
+    assert (sequence.num_generated, sequence.block_table) == (1, [])
+    to_b.close("cut")
     pair.run()
-    [error] = pair.front.heard[struck].errors
-    assert error["message"] == "0 of 90 latent rows arrived from a"
-    assert pair.front.heard[spared].finishes == ["length"]
+    heard = pair.front.heard[name]
+    assert [heard.tokens[index] for index in range(len(heard.tokens))] == answer_to(30, TEN)
+
+
+@pytest.mark.parametrize(
+    ("layer", "start", "num", "num_bytes"),
+    [(2, 0, 1, ROW_BYTES), (0, 39, 2, 2 * ROW_BYTES), (0, 1 << 31, 1, ROW_BYTES), (0, 0, 2, ROW_BYTES)],
+)
+def test_rows_that_a_prompt_does_not_have_cost_their_sender_the_link(
+    pair: Pair, layer: int, start: int, num: int, num_bytes: int
+) -> None:
+    name = pair.front.submit("a", "b", 40, TEN)
+    pair.a.listen()
+    pair.b.listen()
+    payload = bytes(num_bytes)
+    meta = KV_LAYER.pack(layer, pair.b.scheduler.receiving[0].number, start, num, zlib.crc32(payload))
+    pair.to_b.send(Kind.KV_LAYER, meta, payload)
+    pair.b.listen()
+    pair.run()
+    assert pair.to_b.closed
+    assert pair.front.heard[name].finishes[0] == "error"
+
+
+class NarrowPair(Pair):
+    """The link between the workers has room for little at a time, and may queue little: rows go one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_b, _ = connect(self.a, self.b, NarrowPipe, max_queued_bytes=4000)
+        self.most_queued = 0
+        for side in (self.a, self.b):
+            side.listen()
+        self.front.submit("a", "a", 300, ONE)  # its prefix of 256 positions is in the cache of `a` from now on
+        while self.a.turn():
+            pass
+
+    def begin(self, num_prompt: int) -> str:
+        """The prompt is computed, and its prefix on its way."""
+        name = self.front.submit("a", "b", num_prompt, TEN)
+        self.a.listen()
+        self.b.listen()
+        self.turn()
+        [sequence] = self.a.scheduler.prefilling
+        assert sequence.state == "handover"
+        assert sequence.accepted
+        return name
+
+    def turn(self) -> bool:
+        busy = self.a.turn()
+        self.most_queued = max(self.most_queued, self.to_b.queued_bytes)
+        return any([busy, self.b.turn()])
+
+    def run(self) -> None:
+        for _ in range(400):
+            busy = self.turn()
+            self.front.listen()
+            if not busy and not self.turn():
+                self.front.listen()
+                return
+        raise AssertionError("the workers never came to rest")
+
+
+@pytest.fixture
+def narrow() -> Iterator[NarrowPair]:
+    made = NarrowPair()
+    try:
+        yield made
+        made.run()
+        made.a.assert_empty()
+        made.b.assert_empty()
+        assert made.most_queued <= 4000
+    finally:
+        for side in (made.a, made.b, made.front):
+            side.reactor.close()
+
+
+def test_a_long_prefix_flows_as_the_link_has_room(narrow: NarrowPair) -> None:
+    assert narrow.ask(300) == 300 * NUM_LAYERS * ROW_BYTES
+    assert narrow.b.requests.counters["kv_bytes_in"] == 300 * NUM_LAYERS * ROW_BYTES
+    assert narrow.most_queued > 1000
+
+
+def test_new_rows_wait_too_where_a_link_is_behind(narrow: NarrowPair) -> None:
+    narrow.a.experts.has_waits = False
+    assert narrow.ask(500) == 500 * NUM_LAYERS * ROW_BYTES
+
+
+def test_others_go_on_while_rows_wait(narrow: NarrowPair) -> None:
+    slow = narrow.begin(300)
+    here, there = narrow.front.submit("a", "a", 20, TEN), narrow.front.submit("a", "b", 21, TEN)
+    while not narrow.front.heard[here].finishes or not narrow.front.heard[there].finishes:
+        assert not narrow.front.heard[slow].tokens
+        narrow.turn()
+        narrow.front.listen()
+    narrow.run()
+    heard = narrow.front.heard[slow]
+    assert [heard.tokens[index] for index in range(len(heard.tokens))] == answer_to(300, TEN)
+
+
+def test_the_first_token_waits_for_the_last_row(narrow: NarrowPair) -> None:
+    name = narrow.begin(300)
+    while narrow.a.requests._kv_sender._waiting:
+        narrow.front.listen()
+        assert not narrow.front.heard[name].tokens
+        narrow.turn()
+
+
+@pytest.mark.parametrize("end", ["cancel", "deadline", "death"])
+def test_whatever_ends_a_sequence_whose_rows_wait_frees_its_blocks(narrow: NarrowPair, end: str) -> None:
+    name = narrow.begin(300)
+    [sequence] = narrow.a.scheduler.prefilling
+    if end == "cancel":
+        narrow.front.cancel(name)
+    elif end == "deadline":
+        sequence.deadline = 0.0
+    else:
+        narrow.to_b.close("cut")
+    narrow.a.turn()
+    narrow.a.assert_empty()
+    narrow.run()
+    narrow.b.assert_empty()
+    assert narrow.front.heard[name].finishes[:1] == {"cancel": []}.get(end, ["error"])
 
 
 def test_time_and_bytes_of_a_transfer_come_with_the_first_token(pair: Pair) -> None:
