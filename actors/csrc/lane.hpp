@@ -19,7 +19,9 @@ struct Outgoing {
     uint64_t place() const { return (written - origin) % size; }
     uint64_t room() const { return size - (written - freed); }
     bool collect_room();  // what has been read since; false if the peer claims to have read what was never written
+    uint64_t write(const char* data, uint64_t num_bytes);  // how many found room; not announced to the last
     void announce();
+    bool watch_room(bool wanted);  // asks the reader to tell of room; true if there is some already
 };
 
 struct Incoming {
@@ -37,7 +39,8 @@ struct Incoming {
     uint64_t num_bytes() const { return arrived - read; }
     bool look();  // takes note of what has arrived; false if that cannot be
     void consume(uint64_t num_bytes);
-    void let_go(uint64_t start);
+    bool hold(uint64_t num_bytes);  // like consume, but they stay where they are; false, and nothing done, if too many
+    void let_go(uint64_t start);    // what was held from there on
     void give_back();
 };
 
