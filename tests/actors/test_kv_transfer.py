@@ -223,7 +223,7 @@ class NarrowPair(Pair):
 
     def begin(self, num_prompt: int) -> str:
         """The prompt is computed, and its prefix on its way."""
-        name = self.front.submit("a", "b", num_prompt, TEN)
+        name: str = self.front.submit("a", "b", num_prompt, TEN)
         self.a.listen()
         self.b.listen()
         self.turn()
@@ -268,7 +268,6 @@ def test_a_long_prefix_flows_as_the_link_has_room(narrow: NarrowPair) -> None:
 
 
 def test_new_rows_wait_too_where_a_link_is_behind(narrow: NarrowPair) -> None:
-    narrow.a.experts.has_waits = False
     assert narrow.ask(500) == 500 * NUM_LAYERS * ROW_BYTES
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_engines import VOCAB, Front, Worker, answer_to, connect
+from scripted_engines import VOCAB, Front, NarrowPipe, Worker, answer_to, connect
 
 from braid.actors.links import Link
 from braid.actors.messages import KV_LAYER, Kind, pack
@@ -17,10 +17,13 @@ TEN = SamplingParams(max_tokens=10, temperature=0.0)
 
 
 class Trio:
-    """Workers `a` and `b`, linked with each other and with one front end. The experts of `b` are elsewhere."""
+    """Workers `a` and `b`, linked with each other and with one front end. The experts of `b` are elsewhere.
 
-    def __init__(self, **limits: int) -> None:
-        self.limits = limits
+    `is_narrow`: between the workers rows have room for few at a time.
+    """
+
+    def __init__(self, is_narrow: bool = False, **limits: int) -> None:
+        self.is_narrow, self.limits = is_narrow, limits
         self.front = Front()
         self.workers = {name: Worker(name, has_waits=name == "b", **limits) for name in "ab"}
         self.ends: dict[str, tuple[Link, Link]] = {}
@@ -30,7 +33,8 @@ class Trio:
             side.listen()
 
     def connect(self, pair: str) -> None:
-        self.ends[pair] = connect(self.member(pair[0]), self.member(pair[1]))
+        narrow = (NarrowPipe, 8000) if self.is_narrow and pair == "ab" else ()
+        self.ends[pair] = connect(self.member(pair[0]), self.member(pair[1]), *narrow)
 
     def member(self, name: str) -> Worker | Front:
         return self.front if name == "f" else self.workers[name]
@@ -278,11 +282,11 @@ OPERATIONS = st.one_of(
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(OPERATIONS, min_size=12, max_size=30))
+@given(st.lists(OPERATIONS, min_size=12, max_size=30), st.booleans())
 def test_whatever_happens_every_request_is_answered_and_every_block_comes_back(
-    operations: list[tuple[str, ...]],
+    operations: list[tuple[str, ...]], is_narrow: bool
 ) -> None:
-    trio = Trio(blocks=6, max_waiting=3)
+    trio = Trio(is_narrow, blocks=6, max_waiting=3)
     try:
         for operation in operations:
             play(trio, *operation)
