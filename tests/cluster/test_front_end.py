@@ -16,6 +16,7 @@ from braid.model.sampling_params import SamplingParams
 from braid.model.tokenizer import Tokenizer
 
 PROMPT = tuple(range(65, 65 + 10))
+BUSY = {"code": "busy", "message": "no room"}
 
 
 def ask(max_tokens: int = 20, prompt: tuple[int, ...] = PROMPT, **more: Any) -> GenerateRequest:
@@ -291,14 +292,14 @@ def test_who_floods_the_queue_is_the_one_to_be_refused(run_dir: Path, byte_token
     async def scenario() -> None:
         worker = ScriptedWorker(run_dir, "both-0", free_blocks=0)
         async with front_of(byte_tokenizer, worker, max_waiting=2) as front:
-            flood = [asyncio.create_task(gather(front, ask(max_tokens=5, caller="a"))) for _ in range(2)]
+            flood = [asyncio.create_task(gather(front, ask(max_tokens=5, caller="a", priority=3))) for _ in range(2)]
             await until(lambda: front.load()["waiting"] == 2, "two waiting")
             other = asyncio.create_task(gather(front, ask(max_tokens=6, caller="b", priority=3)))
             with pytest.raises(RequestRefused, match="2 requests wait already"):
                 await flood[1]
             worker.tell_load(free_blocks=64)
             submits = [await submitted(worker) for _ in range(2)]
-            assert [(submit.caller, submit.priority) for submit in submits] == [("a", 0), ("b", 3)]
+            assert [(submit.caller, submit.priority) for submit in submits] == [("a", 3), ("b", 3)]
             worker.say(*[TokenItem(submit.id, 0, [*b"x"], finish="length") for submit in submits])
             assert [text_of(await answer) for answer in (flood[0], other)] == ["x", "x"]
 
@@ -309,14 +310,16 @@ def test_a_full_queue_answers_busy_at_once(run_dir: Path, byte_tokenizer: Tokeni
     async def scenario() -> None:
         worker = ScriptedWorker(run_dir, "both-0", free_blocks=0)
         async with front_of(byte_tokenizer, worker, max_waiting=1) as front:
-            waiting = asyncio.create_task(gather(front, ask(timeout_s=1.0)))
+            with pytest.raises(RequestRefused, match="passed in the queue"):
+                await gather(front, ask(timeout_s=0.2))
+            waiting = asyncio.create_task(gather(front, ask()))
             await until(lambda: front.load()["waiting"] == 1, "one waiting")
             with pytest.raises(RequestRefused, match="1 requests wait already") as refused:
                 await gather(front, ask())
             assert (refused.value.code, refused.value.retry_after_s) == ("busy", 1.0)
-            with pytest.raises(RequestRefused, match="passed in the queue"):
-                await waiting
             assert worker.submits.empty()
+            waiting.cancel()
+            await asyncio.wait([waiting])
 
     run(scenario())
 
@@ -326,19 +329,26 @@ def test_busy_before_the_first_token_waits_again(run_dir: Path, byte_tokenizer: 
         worker = ScriptedWorker(run_dir, "both-0")
         async with front_of(byte_tokenizer, worker) as front:
             answer = asyncio.create_task(gather(front, ask()))
-            first = await submitted(worker)
-            busy = {"code": "busy", "message": "no room"}
-            worker.say(TokenItem(first.id, finish="error", error=busy))
-            second = await submitted(worker)
-            assert second.id != first.id
-            worker.say(TokenItem(first.id, 0, [*b"old"]), TokenItem(second.id, 0, [*b"new"], finish="length"))
+            attempts = [await submitted(worker)]
+            for _ in range(3):
+                worker.say(TokenItem(attempts[-1].id, finish="error", error=BUSY))
+                attempts.append(await submitted(worker))
+            *earlier, last = [submit.id for submit in attempts]
+            assert last not in earlier
+            worker.say(TokenItem(earlier[0], 0, [*b"old"]), TokenItem(last, 0, [*b"new"], finish="length"))
             assert text_of(await answer) == "new"
-            lasting = asyncio.create_task(gather(front, ask(timeout_s=0.8)))
-            worker.answer = lambda submit: [TokenItem(submit.id, finish="error", error=busy)]
-            worker.say(TokenItem((await submitted(worker)).id, finish="error", error=busy))
+
+    run(scenario())
+
+
+def test_a_worker_that_stays_busy_is_not_asked_all_the_time(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
+    async def scenario() -> None:
+        worker = ScriptedWorker(run_dir, "both-0")
+        worker.answer = lambda submit: [TokenItem(submit.id, finish="error", error=BUSY)]
+        async with front_of(byte_tokenizer, worker) as front:
             with pytest.raises(RequestRefused, match="deadline"):
-                await lasting
-            assert 1 < worker.submits.qsize() < 20
+                await gather(front, ask(timeout_s=0.8))
+            assert worker.submits.qsize() < 20
 
     run(scenario())
 
