@@ -10,21 +10,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from waiting import LIMIT_S, until
 
 from braid.cluster.ports import free_ports
 
 SCRIPTS = Path(sys.executable).parent
-START_S = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +38,13 @@ class RayHead:
         headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.dashboard + path, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=START_S) as answer:
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
             return json.loads(answer.read() or b"null")
 
     def command(self, *words: str) -> str:
         """Runs a script of the environment, such as `ray`, as a user of this Ray, outside the working copy."""
         command = [str(SCRIPTS / words[0]), *words[1:]]
-        done = subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=LIMIT_S)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -64,19 +62,8 @@ class RayHead:
             self.ask("/api/serve/applications/", "DELETE")
             if self.living_actors(namespace):
                 self.command("braid", "down", "--name", cluster, "--address", self.gcs)
-            until(f"{cluster} is gone", lambda: not self.living_actors(namespace), 60.0)
-            until("Serve is gone", lambda: not self.living_actors("serve"), 60.0)
-
-
-def until(what: str, found: Callable[[], Any], timeout_s: float) -> Any:
-    """Asks until the answer is true; an answer that cannot be had yet is not one."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            if answer := found():
-                return answer
-        time.sleep(0.2)
-    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+            until(lambda: not self.living_actors(namespace), f"the end of {cluster}")
+            until(lambda: not self.living_actors("serve"), "the end of Serve")
 
 
 @contextmanager
@@ -116,16 +103,16 @@ def ray_head(labels: str, num_gpus: int = 0) -> Iterator[RayHead]:
         return head.ask(path) is not None
 
     try:
-        until("Ray's dashboard answers", lambda: answers("/api/version"), START_S)
-        until("Ray's job server answers", lambda: answers("/api/jobs/"), START_S)
+        until(lambda: answers("/api/version"), "an answer of Ray's dashboard")
+        until(lambda: answers("/api/jobs/"), "an answer of Ray's job server")
         yield head
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(LIMIT_S)
         ours = [
             each for each in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(each.info["cmdline"] or [])
         ]
-        _, left = psutil.wait_procs(ours, timeout=20)  # Ray's agents follow their parent
+        _, left = psutil.wait_procs(ours, timeout=LIMIT_S)  # Ray's agents follow their parent
         for each in left:
             each.kill()
         shutil.rmtree(folder, ignore_errors=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import openai
+from waiting import LIMIT_S, until
 
 from braid.cluster import braid_v1_pb2 as pb
 from braid.cluster import braid_v1_pb2_grpc
@@ -19,14 +20,13 @@ from braid.cluster.registry import Registry
 from braid.cluster.status import status
 
 BRAID = Path(sys.executable).parent / "braid"
-UP_TIMEOUT_S = 180
 
 
 def run_braid(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Never in the repository root: Ray would put our `kernels/` before the Hugging Face package of that name."""
     command = [str(BRAID), *arguments]
     return subprocess.run(
-        command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=UP_TIMEOUT_S
+        command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=LIMIT_S
     )
 
 
@@ -39,7 +39,7 @@ class RunningCluster:
         self.registry = Registry(cwd / ".cache" / "braid")
         self.http_port, self.grpc_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.http_port}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120, max_retries=0)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=LIMIT_S, max_retries=0)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.grpc_port}")
         self.stub = braid_v1_pb2_grpc.BraidStub(self.channel)
 
@@ -74,20 +74,25 @@ class RunningCluster:
         workers: dict[str, dict[str, Any]] = {worker["name"]: worker for worker in self.status()["workers"]}
         return workers[name]
 
-    def wait_baseline(self, timeout_s: float = 30.0) -> dict[str, Any]:
+    def wait_status(self, found: Callable[[dict[str, Any]], Any], what: str) -> dict[str, Any]:
+        status: dict[str, Any] = until(lambda: told if found(told := self.status()) else None, what)
+        return status
+
+    def wait_baseline(self) -> None:
         """Every live attention worker has all its blocks free and no sequence; the invariant after any test."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            status = self.status()
+
+        def is_idle(status: dict[str, Any]) -> bool:
             attention = [w for w in status["workers"] if w["role"] != "expert" and w["state"] == "live"]
-            if attention and all(w["free_blocks"] == w["total_blocks"] and not w["sequences"] for w in attention):
-                return status
-            assert time.monotonic() < deadline, f"blocks or sequences are left: {attention}"
+            return bool(attention) and all(
+                w["free_blocks"] == w["total_blocks"] and not w["sequences"] for w in attention
+            )
+
+        self.wait_status(is_idle, "the last block to be free, and the last sequence to be gone")
 
     def generate(self, prompt: list[int], **sampling: Any) -> tuple[list[int], str]:
         """Token ids and text over gRPC."""
         request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=pb.Sampling(**sampling))
-        responses = list(self.stub.Generate(request, timeout=120))
+        responses = list(self.stub.Generate(request, timeout=LIMIT_S))
         return [token for r in responses for token in r.token_ids], "".join(r.text for r in responses)
 
 

@@ -12,7 +12,7 @@ from scripted_launcher import ScriptedLauncher, settings
 from braid.cluster.controller import Controller
 from braid.cluster.errors import StartFailed
 
-LIMIT_S = 20.0
+LIMIT_S = 400.0
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:

@@ -6,21 +6,20 @@ import json
 import os
 import signal
 import subprocess
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from running_cluster import BRAID, run_braid
+from waiting import LIMIT_S, until
 
 from braid.cluster.ports import free_ports
 from braid.cluster.processes import Process, members, process_of, wait_gone
 from braid.cluster.registry import Registry
 
 SMALL = ("--prefill", "0", "--experts", "colocated")
-LIMIT_S = 120.0
 
 
 class Home:
@@ -35,8 +34,14 @@ class Home:
         return done
 
     def foreground(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """`told` is where it tells what it does."""
         command = [str(BRAID), "up", *arguments]
-        return subprocess.Popen(command, cwd=self.path, env=os.environ | {"HOME": str(self.path)})
+        with self.told.open("wb") as told:
+            return subprocess.Popen(command, cwd=self.path, env=os.environ | {"HOME": str(self.path)}, stderr=told)
+
+    @property
+    def told(self) -> Path:
+        return self.path / "told"
 
     def supervisor(self, name: str) -> Process:
         found = self.registry.get(name).supervisor
@@ -63,18 +68,8 @@ def ports(http: int, grpc: int) -> list[str]:
 
 
 def is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def wait_for(what: str, found: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not found():
-        assert time.monotonic() < deadline, f"waited {LIMIT_S:.0f} s for {what}"
-        time.sleep(0.1)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=LIMIT_S) as answer:
+        return bool(answer.status == 200)
 
 
 @pytest.mark.cluster
@@ -102,20 +97,23 @@ def test_two_clusters_side_by_side_end_without_a_trace(home: Home) -> None:
     assert f"front_end.http_port: port {http} on 127.0.0.1 is in use by pid" in taken.stderr
 
     with home.foreground("--name", "two", *SMALL, *ports(other_http, other_grpc)) as front:
-        wait_for("the second cluster", lambda: is_healthy(other_http) and home.status("two")["state"] == "serving")
+        # not by its status: who is asked to stop before it has heard that the cluster serves has not started it
+        until(lambda: b"Ctrl-C stops it" in home.told.read_bytes(), "the second cluster")
+        assert is_healthy(other_http)
+        assert home.status("two")["state"] == "serving"
         second = home.supervisor("two")
         run_dirs.append(Path(home.registry.get("two").run_dir))
         everybody = members(second)
         assert not set(everybody) & set(members(first))
         front.send_signal(signal.SIGINT)
         assert front.wait(LIMIT_S) == 0
-    assert wait_gone(everybody, 10.0) == []
+    assert wait_gone(everybody, LIMIT_S) == []
     assert is_healthy(http)
 
     everybody = members(first)
     assert process_of(status["workers"][0]["pid"]) in everybody
     os.kill(first.pid, signal.SIGKILL)
-    wait_for("the supervisor's end", lambda: not wait_gone([first], 0.0))
+    assert wait_gone([first], LIMIT_S) == []
     stuck = home.braid("status", "--name", "one")
     assert stuck.returncode == 1
     assert "died without cleaning up: `braid down --name one` sweeps up after it" in stuck.stderr

@@ -10,7 +10,8 @@ import httpx
 import psutil
 import pytest
 from openai import OpenAI
-from ray_head import RayHead, until
+from ray_head import RayHead
+from waiting import LIMIT_S, until
 
 from braid.cluster.ports import free_ports
 
@@ -30,7 +31,7 @@ def test_a_job_starts_the_cluster_and_keeps_it_until_stopped(head: RayHead, whee
         OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", max_retries=0) as client,
     ):
         submit(head, NAME, spec, wheel, "python", "-m", "braid.cluster.cli", "up", "braid.yaml", "--address", "auto")
-        until("the cluster serves", lambda: serves(head, client), 150.0)
+        until(lambda: serves(head, client), "the cluster to serve")
         answer = client.completions.create(model="braid-tiny", prompt="import ", max_tokens=8, temperature=0)
         assert answer.usage is not None
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
@@ -43,10 +44,10 @@ def test_a_job_starts_the_cluster_and_keeps_it_until_stopped(head: RayHead, whee
 
         head.command("ray", "job", "stop", "--address", head.dashboard, NAME)
         assert head.ask(f"/api/jobs/{NAME}")["status"] == "STOPPED"
-        until("the actors are gone", lambda: head.living_actors(f"braid-{NAME}") == [], 60.0)
-        _, alive = psutil.wait_procs(processes, timeout=10)
+        until(lambda: not head.living_actors(f"braid-{NAME}"), "the end of the actors")
+        _, alive = psutil.wait_procs(processes, timeout=LIMIT_S)
         assert alive == []
-        assert not any(listens(port) for port in (http_port, grpc_port))
+        until(lambda: not any(listens(port) for port in (http_port, grpc_port)), "the end of both servers")
 
 
 @pytest.mark.cluster
@@ -56,7 +57,7 @@ def test_an_unpacked_wheel_travels_too_and_a_bad_spec_fails_the_job(head: RayHea
         archive.extractall(unpacked)
     code = "from braid.cluster import cli; print(cli.__file__); raise SystemExit(cli.main(['up', 'braid.yaml']))"
     submit(head, "bad", "ray_address: auto\nprefil: {workers: 2}\n", unpacked / "braid", "python", "-c", code)
-    job = until("the job ends", lambda: ended(head, "bad"), 60.0)
+    job = until(lambda: ended(head, "bad"), "the end of the job")
     logs = head.ask("/api/jobs/bad/logs")["logs"]
     assert job["status"] == "FAILED"
     assert "/py_modules_files/" in logs
@@ -82,7 +83,7 @@ def serves(head: RayHead, client: OpenAI) -> bool:
         raise AssertionError(f"{job['message']}\n{head.ask(f'/api/jobs/{NAME}/logs')['logs']}")
     address = str(client.base_url).removesuffix("/v1/")
     try:
-        return httpx.get(f"{address}/health", timeout=5).status_code == 200
+        return httpx.get(f"{address}/health", timeout=LIMIT_S).status_code == 200
     except httpx.TransportError:
         return False
 

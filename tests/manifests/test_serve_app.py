@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 from openai import AuthenticationError, OpenAI
-from ray_head import RayHead, until
+from ray_head import RayHead
+from waiting import until
 
 from braid.cluster.errors import SpecError
 from braid.cluster.ports import free_ports
@@ -43,7 +44,7 @@ def test_serve_builds_the_application_once_the_workers_serve(head: RayHead) -> N
         OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="a-key", max_retries=0) as client,
     ):
         head.ask("/api/serve/applications/", "PUT", config)
-        until("Serve runs the application", lambda: runs(head), 150.0)
+        until(lambda: runs(head), "Serve to run the application")
         first = complete(client)  # at once: who runs is ready
         with pytest.raises(AuthenticationError):
             complete(client.with_options(api_key="another"))
@@ -51,23 +52,23 @@ def test_serve_builds_the_application_once_the_workers_serve(head: RayHead) -> N
         # Serve builds again; the cluster that is there is taken as it is, and no worker is another one
         before = {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")}
         earlier = replicas(head)
-        config["applications"][0]["args"]["start_timeout_s"] = 61
+        config["applications"][0]["args"]["start_timeout_s"] = 601
         head.ask("/api/serve/applications/", "PUT", config)
-        until("another replica takes over", lambda: replicas(head) and not replicas(head) & earlier, 90.0)
-        until("Serve runs the second application", lambda: runs(head), 90.0)
+        until(lambda: (now := replicas(head)) and not now & earlier, "another replica to take over")
+        until(lambda: runs(head), "Serve to run the second application")
         assert complete(client) == first
         assert {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")} == before
 
         head.ask("/api/serve/applications/", "DELETE")
         head.command("braid", "down", "--name", NAME, "--address", head.gcs)
-        until("the actors are gone", lambda: head.living_actors(f"braid-{NAME}") == [], 60.0)
+        until(lambda: not head.living_actors(f"braid-{NAME}"), "the end of the actors")
 
 
 def serve_config(folder: Path, http_port: int) -> dict[str, Any]:
     """The manifest's, with this machine's paths and ports."""
     config: dict[str, Any] = yaml.safe_load(yaml.safe_load(MANIFEST.read_text())["spec"]["serveConfigV2"])
     config["http_options"] = {"host": "127.0.0.1", "port": http_port}
-    config["applications"][0]["args"] = {"spec": str(folder / "braid.yaml"), "start_timeout_s": 120}
+    config["applications"][0]["args"] = {"spec": str(folder / "braid.yaml"), "start_timeout_s": 600}
     return config
 
 
