@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from braid.actors.endpoint import Endpoint
 from braid.actors.links import DialFailed
@@ -16,13 +16,6 @@ from braid.actors.settings import WorkerSettings
 from braid.actors.view import ClusterView, WorkerInfo
 
 SECRET = b"the secret of a test cluster, 32 b"
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"waited 20 s for {what}"
-        time.sleep(0.005)
 
 
 class Cast:

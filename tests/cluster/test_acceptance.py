@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from braid.cluster import braid_v1_pb2 as pb
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.cluster
 
 VOCAB_SIZE = 300
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
