@@ -25,22 +25,25 @@ class DeathWatch:
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._epoll.register(self._stop_fd, select.EPOLLIN)
         self._links: dict[int, Link] = {}
+        self._lock = threading.Lock()  # of `watch` and `close`, which come from different threads
         self._thread = threading.Thread(target=self._run, name="braid-death-watch", daemon=True)
         self._thread.start()
 
     def watch(self, link: Link) -> None:
-        fd = None if self._epoll.closed else link.duplicate_socket()
-        if fd is not None:
-            self._links[fd] = link
-            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLHUP)
+        with self._lock:
+            fd = None if self._epoll.closed else link.duplicate_socket()
+            if fd is not None:
+                self._links[fd] = link
+                self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLHUP)
 
     def close(self) -> None:
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
-        for fd in self._links:
-            os.close(fd)
-        self._links.clear()
-        self._epoll.close()
+        with self._lock:
+            for fd in self._links:
+                os.close(fd)
+            self._links.clear()
+            self._epoll.close()
         os.close(self._stop_fd)
 
     def _run(self) -> None:

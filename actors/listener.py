@@ -17,7 +17,7 @@ from .socket_pipe import SocketPipe
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_S = 5.0
+HANDSHAKE_TIMEOUT_S = 10.0  # what a worker that dials gives it: of two that are slow, none is cut off by the other
 MAX_HANDSHAKES = 64  # under way at once; a further client is turned away, it may dial again
 BACKLOG = 128
 
@@ -50,7 +50,7 @@ class Listener:
             self._close_sockets()
             raise
         self._lock = threading.Lock()
-        self._handshakes: dict[threading.Thread, socket.socket | None] = {}
+        self._handshakes: dict[threading.Thread, socket.socket | None] = {}  # those that have ended leave at the next
         self._is_closed = False
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="braid-listener", daemon=True)
@@ -102,12 +102,13 @@ class Listener:
         address = f"{peer[0]}:{peer[1]}" if peer else str(self.unix_path)
         thread = threading.Thread(target=self._handshake, args=(sock, address), name="braid-handshake", daemon=True)
         with self._lock:
+            self._handshakes = {thread: sock for thread, sock in self._handshakes.items() if thread.is_alive()}
             if self._is_closed or len(self._handshakes) >= MAX_HANDSHAKES:
                 logger.warning("turned away a link from %s: %d handshakes under way", address, len(self._handshakes))
                 sock.close()
                 return
             self._handshakes[thread] = sock
-        thread.start()
+            thread.start()
 
     def _handshake(self, sock: socket.socket, address: str) -> None:
         try:
@@ -120,9 +121,6 @@ class Listener:
             sock.close()
         else:
             self._hand_over(link)
-        finally:
-            with self._lock:
-                del self._handshakes[threading.current_thread()]
 
     def _hand_over(self, link: Link) -> None:
         with self._lock:

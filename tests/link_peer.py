@@ -66,8 +66,7 @@ class LinkHost:
         command = [sys.executable, __file__, mode, transport, self.address.unix_path, str(self.address.tcp_port)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE)
         self._processes.append(process)
-        self.until(lambda: any(isinstance(event, Opened) for event in self.events[seen:]), f"a {mode} peer")
-        return Peer(process, self.events[seen].link)
+        return Peer(process, self._opened(seen, f"a {mode} peer"))
 
     def dial(self, transport: Literal["shm", "unix", "tcp"], reactor: Reactor) -> tuple[Link, Link]:
         """A link whose two ends are both in this process: the host's, then the dialer's in `reactor`."""
@@ -76,8 +75,16 @@ class LinkHost:
             self.address, Hello("dialer", "both", 7, host_id()), SECRET, transport, TIMEOUT_S, ring_bytes=RING_BYTES
         )
         reactor.add(link)
-        self.until(lambda: len(self.events) > seen, "the dialed link")
-        return self.events[seen].link, link
+        return self._opened(seen, "the dialed link"), link
+
+    def _opened(self, seen: int, what: str) -> Link:
+        """The link that comes next; older ones may have more to tell meanwhile."""
+
+        def opened() -> list[Link]:
+            return [event.link for event in self.events[seen:] if isinstance(event, Opened)]
+
+        self.until(lambda: bool(opened()), what)
+        return opened()[0]
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + TIMEOUT_S

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -31,8 +32,9 @@ def weights(held: tuple[int, ...] = tuple(range(NUM_EXPERTS))) -> Mapping[int, E
     return made
 
 
-def serve(listener: socket.socket, held: tuple[int, ...]) -> None:
+def serve(listener: socket.socket, held: tuple[int, ...], starting: Connection) -> None:
     """An expert worker of whoever comes."""
+    starting.send("here")
     torch.set_num_threads(1)
     reactor = Reactor()
 
@@ -57,11 +59,16 @@ class PairedWorker:
         listener.listen()
         self._address = listener.getsockname()
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=serve, args=(listener, held), daemon=True)
+        self._starting, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=serve, args=(listener, held, theirs), daemon=True)
         self.process.start()
         listener.close()
+        theirs.close()
+        self._is_here = False
 
     def link(self) -> Link:
+        """Once it runs: it may take longer to start than a dispatch or a pair is waited for."""
+        self._is_here = self._is_here or bool(self._starting.recv())
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(self._address)
         host = "host-a" if self.name == "expert-0" else "host-b"
