@@ -50,7 +50,7 @@ class Listener:
             self._close_sockets()
             raise
         self._lock = threading.Lock()
-        self._handshakes: dict[threading.Thread, socket.socket | None] = {}  # those that have ended leave at the next
+        self._handshakes: dict[threading.Thread, socket.socket | None] = {}
         self._is_closed = False
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="braid-listener", daemon=True)
@@ -102,7 +102,7 @@ class Listener:
         address = f"{peer[0]}:{peer[1]}" if peer else str(self.unix_path)
         thread = threading.Thread(target=self._handshake, args=(sock, address), name="braid-handshake", daemon=True)
         with self._lock:
-            self._handshakes = {thread: sock for thread, sock in self._handshakes.items() if thread.is_alive()}
+            self._handshakes = {other: its for other, its in self._handshakes.items() if other.is_alive()}
             if self._is_closed or len(self._handshakes) >= MAX_HANDSHAKES:
                 logger.warning("turned away a link from %s: %d handshakes under way", address, len(self._handshakes))
                 sock.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -79,9 +80,9 @@ def test_a_link_that_nobody_takes_is_closed(tmp_path: Path, caplog: pytest.LogCa
 def test_handshakes_under_way_are_bounded_and_end_with_the_listener(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     path = str(tmp_path / "s")
-    listener = Listener(ME, SECRET, path, None, Link.close)
+    listener = Listener(ME, SECRET, path, None, Link.close, handshake_timeout_s=2 * TIMEOUT_S)
     clients = [socket.socket(socket.AF_UNIX) for _ in range(MAX_HANDSHAKES + 1)]
     for client in clients:
         client.settimeout(TIMEOUT_S)
@@ -91,4 +92,26 @@ def test_handshakes_under_way_are_bounded_and_end_with_the_listener(
     listener.close()
     for client in clients:
         client.close()
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
+
+
+def test_a_closed_listener_has_no_thread_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that has handed its link over and is about to end."""
+    handshake, may_end = Listener._handshake, threading.Event()
+
+    def end_late(listener: Listener, sock: socket.socket, address: str) -> None:
+        handshake(listener, sock, address)
+        may_end.wait(TIMEOUT_S)
+
+    monkeypatch.setattr(Listener, "_handshake", end_late)
+    links: queue.Queue[Link] = queue.Queue()
+    listener = Listener(ME, SECRET, str(tmp_path / "s"), None, links.put)
+    dial(Address(str(tmp_path / "s"), "", 0), ME, SECRET, "unix", TIMEOUT_S).close()
+    links.get(timeout=TIMEOUT_S).close()
+    closing = threading.Thread(target=listener.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    may_end.set()
+    closing.join(TIMEOUT_S)
+    assert not closing.is_alive()
