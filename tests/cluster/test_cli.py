@@ -13,6 +13,7 @@ import pytest
 
 from braid.cluster.cli import _first_key, main
 from braid.cluster.errors import SpecError
+from braid.cluster.ports import free_ports
 from braid.cluster.processes import process_of
 from braid.cluster.registry import Record, Registry
 
@@ -65,7 +66,7 @@ def test_a_cluster_on_somebody_s_ray_ends_with_its_supervisor_here(
 ) -> None:
     """Asked by the Ray's address or not: a supervisor that stayed would keep the name."""
     address = "127.0.0.1:1"
-    with subprocess.Popen(["sleep", "60"], start_new_session=True) as child:
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as child:
         registry = Registry(home / ".cache" / "braid")
         supervisor = process_of(child.pid)
         claimed = registry.claim(Record("one", "", "127.0.0.1", 8000, 9000, "/model", address, supervisor))
@@ -84,8 +85,9 @@ def test_a_mistake_in_the_spec_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_port_in_use_starts_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (free,) = free_ports(1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert main(["up", "--grpc-port", str(taken.getsockname()[1]), "--http-port", "1024"]) == 2
+        assert main(["up", "--grpc-port", str(taken.getsockname()[1]), "--http-port", str(free)]) == 2
     assert "front_end.grpc_port: port" in capsys.readouterr().err
     assert not (home / ".cache").exists()
 

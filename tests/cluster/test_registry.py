@@ -67,7 +67,7 @@ def test_an_unknown_name_says_which_are_known(tmp_path: Path) -> None:
 def test_a_claim_sweeps_up_after_a_dead_supervisor(tmp_path: Path) -> None:
     """Its session may still have members: they are ended, then the name is free."""
     registry = Registry(tmp_path)
-    script = "import subprocess; print(subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL).pid)"
+    script = "import subprocess; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True) as leader:
         supervisor = process_of(leader.pid)
         assert leader.stdout is not None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import LIMIT_S
 
 from braid.cluster.processes import members, process_of, wait_gone
 
@@ -13,7 +14,7 @@ LEADER = """
 import subprocess, sys
 from braid.cluster.undertaker import hire
 undertaker = hire()
-stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, process_group=0)
 child.stdout.readline()
 print(undertaker.pid, child.pid, flush=True)
@@ -36,5 +37,5 @@ def test_nothing_outlives_the_leader_for_long(is_killed: bool) -> None:
             popen.kill()
         else:
             popen.communicate("")
-    assert wait_gone(session, 20.0) == []
+    assert wait_gone(session, LIMIT_S) == []
     assert members(leader) == []
