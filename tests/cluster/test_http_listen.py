@@ -21,7 +21,9 @@ async def slow_answer(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"cd"})
 
 
-def test_answers_from_the_start_and_ends_what_is_under_way() -> None:
+def test_answers_from_the_start_and_ends_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_listen, "GRACE_S", 20)
+
     async def scenario() -> None:
         (port,) = free_ports(1)
         listener = HttpListener(slow_answer, "127.0.0.1", port)
@@ -38,22 +40,34 @@ def test_answers_from_the_start_and_ends_what_is_under_way() -> None:
     run(scenario())
 
 
-def test_an_idle_connection_outlasts_those_who_reuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And ends in the end: the time is shortened here to see both."""
-
+def test_an_idle_connection_outlasts_those_who_reuse_it() -> None:
     async def scenario() -> None:
-        monkeypatch.setattr(http_listen, "IDLE_S", 1)
         (port,) = free_ports(1)
         listener = HttpListener(slow_answer, "127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for _ in range(2):
             writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             await reader.readuntil(b"abcd")
-        assert await reader.read() == b""
         writer.close()
         await listener.stop()
 
     assert http_listen.IDLE_S > 60
+    run(scenario())
+
+
+def test_an_idle_connection_ends_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_listen, "IDLE_S", 1)
+
+    async def scenario() -> None:
+        (port,) = free_ports(1)
+        listener = HttpListener(slow_answer, "127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"abcd")
+        assert await reader.read() == b""
+        writer.close()
+        await listener.stop()
+
     run(scenario())
 
 
