@@ -108,6 +108,8 @@ class Engine:
             chunk.sequence.started_ns = chunk.sequence.started_ns or now
         self.experts.phase = 0 if len(prompts) < len(plan) else 1
         on_layer = self.requests.layer_sender(plan, lambda: self.experts.is_whole)
+        if prompts:
+            self.requests.peers.flush()  # such a pass is long: who was handed over before it need not wait for its end
         phase, num_rows, waited = self.experts.phase, len(batch.token_ids), self.experts.wait_s
         count = self.overlap.choose(phase, num_rows)
         begun, self._running = time.perf_counter(), plan

@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from scripted_engines import Front, NarrowPipe, Worker, answer_to, connect
@@ -120,6 +121,24 @@ def test_decoding_begins_in_the_turn_that_hears_of_the_last_layer(pair: Pair) ->
     pair.b.turn()
     pair.front.listen()
     assert sorted(pair.front.heard[name].tokens) == [0, 1]
+    pair.run()
+
+
+def test_a_first_token_does_not_wait_for_a_pass_that_begins_when_the_decode_worker_has_accepted(pair: Pair) -> None:
+    name = pair.front.submit("a", "b", 40, TEN)
+    pair.a.turn()
+    pair.b.listen()
+    pair.front.submit("a", "a", 30, TEN)
+    forward, heard = pair.a.model.forward, []
+
+    def looked(*args: Any, **more: Any) -> Any:
+        pair.front.listen()
+        heard.append(dict(pair.front.heard[name].tokens))
+        return forward(*args, **more)
+
+    pair.a.model.forward = looked
+    pair.a.turn()
+    assert heard == [{0: answer_to(40, TEN)[0]}]
     pair.run()
 
 
