@@ -6,16 +6,13 @@ import os
 
 import pytest
 import torch
+from leftovers import open_fds
 
 from braid.actors.mailbox import PAGE_BYTES, Box, BoxShape, HostPages, accept, accepted, make_pages, offer
 from braid.actors.messages import pack, unpack
 
 CPU = torch.device("cpu")
 SHAPE = BoxShape(max_rows=3, top_k=2, hidden=5, slots=2)
-
-
-def num_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def both_ends() -> tuple[Box, Box]:
@@ -25,7 +22,7 @@ def both_ends() -> tuple[Box, Box]:
 
 
 def test_both_ends_see_the_same_memory_and_leave_nothing_behind() -> None:
-    before = num_fds()
+    before = open_fds()
     ours, theirs = both_ends()
     for slot in range(SHAPE.slots):
         ours.x(slot).fill_(slot + 1)
@@ -39,7 +36,7 @@ def test_both_ends_see_the_same_memory_and_leave_nothing_behind() -> None:
     for box in (ours, theirs):
         box.close()
         box.close()
-    assert num_fds() == before
+    assert not open_fds() - before
 
 
 def test_the_parts_of_a_box_do_not_overlap() -> None:
@@ -66,20 +63,20 @@ def test_a_box_that_cannot_be_is_refused(shape: tuple[int, int, int, int]) -> No
 def test_memory_that_is_not_what_was_offered_is_not_used(change: str) -> None:
     pages = HostPages.make(PAGE_BYTES, CPU)
     pid, fd, nonce = pages.tell()
-    before = num_fds()
+    before = open_fds()
     words = {"nonce": [pid, fd, nonce + 1], "size": [pid, fd, nonce], "fd": [pid, 1 << 20, nonce]}[change]
     with pytest.raises((OSError, ValueError)):
         HostPages.open(words, 2 * PAGE_BYTES if change == "size" else PAGE_BYTES, CPU)
-    assert num_fds() == before
+    assert not open_fds() - before
     pages.close()
 
 
 def test_an_offer_that_cannot_be_taken_costs_nothing() -> None:
     replies = make_pages(SHAPE.reply_bytes, CPU)
     body = unpack(offer(SHAPE, replies))
-    before = num_fds()
+    before = open_fds()
     offers: list[dict[str, object]] = [body | {"replies": [1, 2]}, body | {"shape": {"max_rows": 1}}, {}]
     for broken in offers:
         with pytest.raises((OSError, ValueError, KeyError, TypeError)):
             accept(pack(broken), CPU)
-    assert num_fds() == before
+    assert not open_fds() - before

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from leftovers import open_fds
 
 from braid.actors.mailbox import DevicePages
 from braid.actors.remains import Remains
@@ -27,10 +28,6 @@ class Pages(DevicePages):
         self.is_disowned = True
 
 
-def num_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as started:
@@ -45,11 +42,11 @@ def ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def test_it_is_kept_while_the_process_lives(process: subprocess.Popen[bytes]) -> None:
-    before = num_fds()
+    before = open_fds()
     remains, first, second = Remains(), Pages(), Pages()
     remains.keep(process.pid, first)
     remains.keep(process.pid, second)
-    assert num_fds() == before + 1
+    assert len(open_fds() - before) == 1
     remains.free()
     assert not first.is_disowned
     ended(process)
@@ -57,7 +54,7 @@ def test_it_is_kept_while_the_process_lives(process: subprocess.Popen[bytes]) ->
     assert first.is_disowned
     assert second.is_disowned
     remains.free()
-    assert num_fds() == before
+    assert not open_fds() - before
 
 
 def test_a_process_that_has_ended_keeps_nothing(process: subprocess.Popen[bytes]) -> None:
@@ -78,10 +75,10 @@ def test_a_process_that_cannot_be_watched_costs_memory_and_no_error() -> None:
 
 
 def test_nothing_is_left_behind(process: subprocess.Popen[bytes]) -> None:
-    before = num_fds()
+    before = open_fds()
     remains, pages = Remains(), Pages()
     remains.keep(process.pid, pages)
     remains.close()
     remains.close()
-    assert num_fds() == before
+    assert not open_fds() - before
     assert not pages.is_disowned
