@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 1.0
 PING_TIMEOUT_S = 5.0
-STATUS_PATIENCE_S = 1.0
 APPLY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 LONG_POLL_S = 30.0
@@ -106,9 +105,8 @@ class Controller:
         return view if view is not None and view.epoch > known_epoch else None
 
     async def status(self) -> dict[str, Any]:
-        """Fresh figures of every worker that answers within STATUS_PATIENCE_S, the last known ones of the others."""
-        if glances := [asyncio.ensure_future(self._glance(worker)) for worker in self._awake()]:
-            await asyncio.wait(glances, timeout=STATUS_PATIENCE_S)
+        """Fresh figures of every worker that answers a ping in time, the last known ones of the others."""
+        await asyncio.gather(*[self._glance(worker) for worker in self._awake()])
         return report(self.settings, self.state, self.reports, self.fronts)
 
     async def down(self, reason: str) -> None:

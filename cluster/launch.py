@@ -28,7 +28,7 @@ CONTROLLER = "controller"
 GRPC_FRONT = "grpc-front"
 LOOPBACK = "127.0.0.1"
 LOCAL_PATIENCE_S = 10.0
-DEPLOY_PATIENCE_S = 15.0
+SERVE_PATIENCE_S = 120.0  # what is not removed by then stays in somebody's Ray: a busy machine takes long over Serve
 ON_HEAD = {"node:__internal_head__": 0.001}  # one host answers HTTP, gRPC and `status`
 
 
@@ -212,8 +212,9 @@ class RayLauncher:
             return
         from .http_serve import remove
 
-        await asyncio.wait([self._deploying], timeout=0.0 if settings.is_local else DEPLOY_PATIENCE_S)
-        await asyncio.wait_for(asyncio.to_thread(remove, settings), 10.0)
+        await asyncio.wait([self._deploying], timeout=0.0 if settings.is_local else SERVE_PATIENCE_S)
+        patience_s = LOCAL_PATIENCE_S if settings.is_local else SERVE_PATIENCE_S
+        await asyncio.wait_for(asyncio.to_thread(remove, settings), patience_s)
 
 
 async def _unwrapped(call: Awaitable[T]) -> T:

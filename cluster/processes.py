@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+KILLED_S = 30.0  # a process that was killed ends by itself, but on a busy machine not at once
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -60,7 +62,7 @@ def end_processes(processes: Iterable[Process], grace_s: float) -> list[Process]
     remaining = wait_gone(remaining, grace_s)
     for process in remaining:
         send(process, signal.SIGKILL)
-    wait_gone(remaining, 5.0)
+    wait_gone(remaining, KILLED_S)
     return remaining
 
 

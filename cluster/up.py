@@ -28,7 +28,7 @@ from .registry import Record, Registry
 from .spec import ClusterSpec
 from .supervisor import Orders
 
-START_MARGIN_S = 60.0  # what Ray and the teardown of a failed start may take on top of --timeout
+START_MARGIN_S = 300.0  # what Ray and the teardown of a failed start may take on top of --timeout
 
 Tell = Callable[[dict[str, Any]], None]
 
