@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TypeVar
 
 LIMIT_S = 400.0  # no promise of anything: it ends a test that waits in vain, and a busy machine may take long
@@ -16,8 +15,11 @@ def until(found: Callable[[], Answer | None], what: str) -> Answer:
     """Asks until the answer is true, and returns it; an answer that cannot be had yet is not one."""
     deadline = time.monotonic() + LIMIT_S
     while True:
-        with suppress(OSError):
+        trouble: OSError | None = None
+        try:
             if answer := found():
                 return answer
-        assert time.monotonic() < deadline, f"waited {LIMIT_S:.0f} s in vain for {what}"
+        except OSError as error:
+            trouble = error
+        assert time.monotonic() < deadline, f"waited {LIMIT_S:.0f} s in vain for {what}: {trouble or 'no trouble'}"
         time.sleep(0.1)

@@ -1,5 +1,7 @@
 """What KubeRay does with the manifest's Serve configuration, done to a real Ray: the application builds its cluster."""
 
+import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import yaml
 from openai import AuthenticationError, OpenAI
 from ray_head import RayHead
-from waiting import until
+from waiting import LIMIT_S, until
 
 from braid.cluster.errors import SpecError
 from braid.cluster.ports import free_ports
@@ -43,8 +45,9 @@ def test_serve_builds_the_application_once_the_workers_serve(head: RayHead) -> N
         head.lent_to(NAME),
         OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="a-key", max_retries=0) as client,
     ):
-        head.ask("/api/serve/applications/", "PUT", config)
+        until(lambda: takes(head, config), "Serve to take the configuration")
         until(lambda: runs(head), "Serve to run the application")
+        until(lambda: has_routes(http_port), "Serve's proxy to know of it")
         first = complete(client)  # at once: who runs is ready
         with pytest.raises(AuthenticationError):
             complete(client.with_options(api_key="another"))
@@ -53,7 +56,7 @@ def test_serve_builds_the_application_once_the_workers_serve(head: RayHead) -> N
         before = {actor["actor_id"] for actor in head.living_actors(f"braid-{NAME}")}
         earlier = replicas(head)
         config["applications"][0]["args"]["start_timeout_s"] = 601
-        head.ask("/api/serve/applications/", "PUT", config)
+        until(lambda: takes(head, config), "Serve to take the configuration")
         until(lambda: (now := replicas(head)) and not now & earlier, "another replica to take over")
         until(lambda: runs(head), "Serve to run the second application")
         assert complete(client) == first
@@ -72,10 +75,22 @@ def serve_config(folder: Path, http_port: int) -> dict[str, Any]:
     return config
 
 
+def takes(head: RayHead, config: dict[str, Any]) -> bool:
+    """Asked again, as KubeRay does: Serve fails when a proxy takes more than 5 s to start, and starts another one."""
+    head.ask("/api/serve/applications/", "PUT", config)
+    return True
+
+
 def runs(head: RayHead) -> bool:
     (application,) = head.ask("/api/serve/applications/")["applications"].values()
     assert application["status"] in ("DEPLOYING", "RUNNING"), application["message"]
     return bool(application["status"] == "RUNNING")
+
+
+def has_routes(http_port: int) -> bool:
+    """The proxy starts and hears of routes on its own; until then it answers 503, or not at all."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/-/routes", timeout=LIMIT_S) as answer:
+        return bool(json.loads(answer.read()))
 
 
 def replicas(head: RayHead) -> set[str]:
