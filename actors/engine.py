@@ -16,11 +16,12 @@ from ..model.row_sampler import RowSampler, sampler_for
 from ..model.sampler import Ask, NothingToSample, SampledToken, prompt_logprobs
 from ..model.to_device import Numbers
 from .ahead import Ahead, look_ahead
+from .answers import item_of, wire_logprob
 from .drafter import Computed, Drafter
 from .expert_side import ExpertSide
 from .kv_sender import LayerSender
 from .overlap import Overlap
-from .requests import Requests, wire_logprob
+from .requests import Requests
 from .scheduler import Chunk, Plan
 from .sequence import Sequence
 
@@ -60,7 +61,7 @@ class Engine:
         if plan:
             self._run(plan, batch)
         else:
-            self.requests.send_waiting()
+            self.requests.hand_over([])
         if not plan or not self._has_time:
             self.requests.peers.flush()
         if plan:
@@ -128,7 +129,7 @@ class Engine:
             if prompts:
                 self.requests.peers.flush()  # a first token need not wait until the module has read its prompt
             self.forward_s += self.drafter.run(computed, output.hidden, len(self.scheduler.decoding), on_layer)
-        self.requests.hand_over_ready(plan)
+        self.requests.hand_over(plan)
 
     def _forward(self, plan: Plan, batch: Batch, on_layer: LayerSender, count: int) -> tuple[ForwardOutput, RowSampler]:
         """Once, or, where rows can be lost on the way, until none was: the same inputs give the same bits (law 4)."""
@@ -183,7 +184,7 @@ class Engine:
         sequence, tokens = chunk.sequence, list[SampledToken]()
         if sequence.params.max_tokens == 0:
             self.scheduler.computed(chunk)
-            self.requests.finish(sequence, self.requests.item(sequence, [], "length"))
+            self.requests.finish(sequence, item_of(sequence, [], "length"))
             return 0
         failure: NothingToSample | None = None
         try:

@@ -10,20 +10,14 @@ blocks of a sequence are few and large, so that there is nothing to gather.
 
 from __future__ import annotations
 
-import time
 import zlib
 from typing import Any
 
 from ..model.kv_cache import BLOCK_SIZE
 from ..model.sampling_params import SamplingParams
-from .cache_memory import CacheMemory, Runs
-from .links import Link, Message
-from .messages import KV_LAYER, pack, unpack
+from .cache_memory import Runs
+from .messages import pack, unpack
 from .sequence import Sequence
-
-
-class Damaged(Exception):
-    """Rows of a sequence arrived other than they were sent: they count as missing."""
 
 
 def runs(block_table: list[int], start: int, num: int) -> Runs:
@@ -78,39 +72,6 @@ def sequence_from_open(meta: bytes, source: str) -> Sequence:
         priority=body["priority"],
         caller=body["caller"],
     )
-
-
-def missing_rows(sequence: Sequence, num_layers: int) -> list[int]:
-    """Of each layer a bit for every position that is to come: those of a cached prefix are here."""
-    return [(1 << sequence.num_prompt) - (1 << sequence.cached_tokens)] * num_layers
-
-
-def receive_layer(
-    memory: CacheMemory,
-    receiving: dict[tuple[str, int], Sequence],
-    link: Link,
-    message: Message,
-    checksums: bool,
-) -> None:
-    """Writes one layer's rows into the sequence's blocks, but for those of a prefix that is shared with others here.
-
-    Rows of a refused or cancelled sequence are dropped. Raises Damaged, having written nothing, and ValueError.
-    """
-    layer, number, start, num, checksum = KV_LAYER.unpack(message.meta)
-    sequence = receiving.get((link.peer.name, number))
-    if sequence is None:
-        return
-    payload, row_bytes = message.payload, memory.row_bytes
-    told = f"layer {layer} of positions {start} to {start + num - 1} of {sequence.id}"
-    if layer >= len(sequence.kv_missing) or start + num > sequence.num_prompt or payload.nbytes != num * row_bytes:
-        raise ValueError(f"{told}, in {payload.nbytes} bytes: it has {sequence.num_prompt} rows of {row_bytes}")
-    if checksums and checksum_of([payload]) != checksum:
-        raise Damaged(f"{told} arrived damaged from {link.peer.name}: their checksum is not the one that was sent")
-    skipped = min(max(sequence.cached_tokens - start, 0), num)
-    memory.write(layer, runs(sequence.block_table, start + skipped, num - skipped), payload[skipped * row_bytes :])
-    sequence.kv_started_ns = sequence.kv_started_ns or time.time_ns()
-    sequence.kv_bytes += payload.nbytes
-    sequence.kv_missing[layer] &= ~((1 << start + num) - (1 << start))
 
 
 def checksum_of(pieces: list[memoryview]) -> int:

@@ -9,24 +9,26 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ..model.config import ModelConfig
 from ..model.kv_cache import LatentCache
 from ..model.sampler import SampledToken
+from .answers import item_of, trace_decode, trace_prefill, trace_transfer
 from .cache_memory import memory_of
-from .kv_sender import KvSender, LayerSender, Span
-from .kv_transfer import Damaged, missing_rows, open_message, receive_layer, sequence_from_open
-from .links import Link
-from .messages import ErrorCode, Finish, Kind, Submit, TokenItem, WireLogprob, pack, unpack
+from .handovers import Handovers
+from .kv_receiver import Damaged, KvReceiver
+from .kv_sender import KvSender, LayerSender
+from .kv_transfer import sequence_from_open
+from .messages import ErrorCode, Kind, Submit, TokenItem, pack, unpack
 from .peers import Peers
 from .reactor import Closed, Event, Opened, Received
 from .request_checks import check_fields, check_request, check_tokens
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence, State
 from .speculation import MAX_DEPTH
-from .tracing import Attributes, Tracer
+from .tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +54,12 @@ class Requests:
         self.cache = cache
         self.scheduler = scheduler
         self.tracer = tracer
-        self.kv_checksums = kv_checksums
-        self._memory = memory_of(cache)
-        self._kv_sender = KvSender(self._memory, len(cache.layers), kv_checksums)
-        self._layer_sender = LayerSender(self._kv_sender, [])
         self.peers = Peers(describe_load)
+        memory, num_layers = memory_of(cache), len(cache.layers)
+        self.handovers = Handovers(self.peers, KvSender(memory, num_layers, kv_checksums))
+        self.receiver = KvReceiver(memory, num_layers, kv_checksums)
         self.counters: Counter[str] = Counter()
         self._sequences: dict[str, Sequence] = {}
-        self._receiving: dict[tuple[str, int], Sequence] = {}
-        self._sent: dict[tuple[str, int], Sequence] = {}
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._next_number = 1
 
@@ -113,14 +112,8 @@ class Requests:
             self.fail(sequence, "invalid", reason)
         elif not self.scheduler.submit(sequence):
             self.fail(sequence, "busy", f"{self.name} has no room for a prompt of {sequence.num_prompt} tokens now")
-        elif sequence.target:
-            link = self.peers.link_to(sequence.target)
-            if link is None or not self.peers.send(link, Kind.KV_OPEN, open_message(sequence)):
-                self.fail(sequence, "unavailable", f"{self.name} has no link to decode worker {sequence.target}")
-            else:
-                self._sent[sequence.target, sequence.number] = sequence
-        else:
-            sequence.accepted = True
+        elif sequence.target and not self.handovers.open(sequence):
+            self.fail(sequence, "unavailable", f"{self.name} has no link to decode worker {sequence.target}")
 
     def _on_cancel(self, event: Received) -> None:
         request_id = unpack(event.message.meta)["id"]
@@ -135,7 +128,7 @@ class Requests:
     def _on_kv_open(self, event: Received) -> None:
         sequence, code = sequence_from_open(event.message.meta, event.link.peer.name), "busy"
         check_fields(sequence)
-        if (sequence.source, sequence.number) in self._receiving:
+        if self.receiver.is_open(sequence):
             raise ValueError(f"number {sequence.number} is under way")
         if reason := self._unfit(sequence):
             code = "invalid"
@@ -149,8 +142,7 @@ class Requests:
             reason = f"{self.name} has {self.scheduler.allocator.num_free} free blocks"
         else:
             self._sequences[sequence.id] = sequence
-            self._receiving[event.link.peer.name, sequence.number] = sequence
-            sequence.kv_missing = missing_rows(sequence, len(self.cache.layers))
+            self.receiver.open(sequence)
             accepted = {"number": sequence.number, "have": sequence.cached_tokens}
             self.peers.send(event.link, Kind.KV_ACCEPTED, pack(accepted))
             return
@@ -167,14 +159,14 @@ class Requests:
 
     def _on_kv_layer(self, event: Received) -> None:
         try:
-            receive_layer(self._memory, self._receiving, event.link, event.message, self.kv_checksums)
+            self.receiver.receive(event.link, event.message)
         except Damaged as error:
             self.counters["kv_damaged"] += 1
             log.warning("%s", error)
 
     def _on_kv_done(self, event: Received) -> None:
         body = unpack(event.message.meta)
-        sequence = self._receiving.pop((event.link.peer.name, body["number"]), None)
+        sequence = self.receiver.take(event.link.peer.name, body["number"])
         if sequence is None:
             return
         check_tokens([body["token_id"], *body["drafts"]], self.config)
@@ -192,23 +184,16 @@ class Requests:
         self.scheduler.start_decode(sequence)
 
     def _on_kv_abort(self, event: Received) -> None:
-        sequence = self._receiving.pop((event.link.peer.name, unpack(event.message.meta)["number"]), None)
+        sequence = self.receiver.take(event.link.peer.name, unpack(event.message.meta)["number"])
         if sequence is not None:
             self._forget(sequence)
 
     def _on_kv_accepted(self, event: Received) -> None:
-        body = unpack(event.message.meta)
-        sequence = self._sent.get((event.link.peer.name, body["number"]))
-        if sequence is not None:
-            if type(body["have"]) is not int or not 0 <= body["have"] <= sequence.num_prompt:
-                raise ValueError(f"it has {body['have']} positions of a prompt of {sequence.num_prompt} tokens")
-            sequence.accepted, sequence.kv_have = True, body["have"]
-            if sequence.state == "handover":
-                self._hand_over(sequence)
+        self.handovers.accept(event)
 
     def _on_kv_refused(self, event: Received) -> None:
         body = unpack(event.message.meta)
-        sequence = self._sent.pop((event.link.peer.name, body["number"]), None)
+        sequence = self.handovers.take(event.link.peer.name, body["number"])
         if sequence is not None:
             self.fail(sequence, body["code"], f"decode worker {event.link.peer.name} refused: {body['reason']}")
 
@@ -240,83 +225,41 @@ class Requests:
         sequence.tokens += [token.token_id for token in tokens]
         finish = sequence.finish_reason(self.config.eos_token_ids)
         if finish:
-            self.finish(sequence, self.item(sequence, tokens, finish))
+            self.finish(sequence, item_of(sequence, tokens, finish))
         elif sequence.state == "decode":
-            self._emit(sequence, self.item(sequence, tokens))
+            self._emit(sequence, item_of(sequence, tokens))
         elif sequence.target:
             sequence.first_token, sequence.state = tokens[0], "handover"
         else:
-            self._emit(sequence, self.item(sequence, tokens))
-            self._trace_prefill(sequence)
+            self._emit(sequence, item_of(sequence, tokens))
+            trace_prefill(self.tracer, self.name, sequence)
             sequence.started_ns = time.time_ns()
             self.scheduler.start_decode(sequence)
 
     def layer_sender(self, plan: Plan, is_whole: Callable[[], bool]) -> LayerSender:
-        """The `on_layer` hook of a step: every layer's new prompt rows leave as soon as it has run.
+        """The `on_layer` hook of a step. `is_whole`: whether the pass that runs has lost no rows so far."""
+        on_layer = self.handovers.layer_sender(plan, is_whole)
+        self.hand_over([])
+        return on_layer
 
-        `is_whole`: whether the pass that runs has lost no rows so far.
-        """
-        take, spans = self._kv_sender.take, list[Span]()
-        for chunk in plan:
-            if not chunk.absorbed and (link := self.kv_link(chunk.sequence)):
-                spans += take(chunk.sequence, link, chunk.start, chunk.start + chunk.num)
-        self.send_waiting()
-        self._layer_sender = LayerSender(self._kv_sender, spans, is_whole)
-        return self._layer_sender
-
-    def hand_over_ready(self, plan: Plan) -> None:
-        """At the end of a step: whose first token is known goes to its decode worker, if that one has accepted."""
-        self._layer_sender.finish()
-        for chunk in plan:
-            if chunk.sequence.state == "handover" and chunk.sequence.accepted:
-                self._hand_over(chunk.sequence)
-        self.send_waiting()
-
-    def send_waiting(self) -> None:
-        """Rows that links had no room for; whose last ones leave is handed over."""
-        for sequence in self._kv_sender.drain():
-            if sequence.state == "handover" and sequence.accepted:
-                self._hand_over(sequence)
-
-    def _hand_over(self, sequence: Sequence) -> None:
-        """The decode worker has room and the first token is known: it goes on from there, once all rows have left."""
-        token, link = sequence.first_token, self.kv_link(sequence)
-        assert token is not None, f"{sequence.id} handed over without a first token"
-        if link is not None:
-            self._kv_sender.take(sequence, link, sequence.num_prompt, sequence.num_prompt)
-            if self._kv_sender.is_waiting(sequence):
-                return
-        done = pack({"number": sequence.number, "token_id": token.token_id, "drafts": sequence.drafts})
-        if link is None or not self.peers.send(link, Kind.KV_DONE, done):
-            self.fail(sequence, "unavailable", f"decode worker {sequence.target} is gone")
-            return
-        del self._sent[sequence.target, sequence.number]
-        self._emit(sequence, self.item(sequence, [token], transfer=self._note_transfer(sequence)))
-        self._trace_prefill(sequence)
-        self._forget(sequence)
-
-    def _note_transfer(self, sequence: Sequence) -> dict[str, float]:
-        """Counts and traces it. `kv_send_s` is the part of its time in which nothing else was done."""
-        now = time.time_ns()
-        started_ns = sequence.kv_started_ns or now  # 0: the decode worker held every row
-        spent = {"kv_s": (now - started_ns) / 1e9, "kv_send_s": sequence.kv_send_ns / 1e9}
-        attributes: Attributes = {
-            "braid.kv.bytes": sequence.kv_bytes,
-            "braid.kv.send_s": spent["kv_send_s"],
-            "braid.kv.tokens_held": sequence.kv_have,
-            "braid.to": sequence.target,
-        }
-        self.tracer.record("kv_transfer", sequence.carrier, started_ns, now, attributes)
-        self.counters["kv_bytes_out"] += sequence.kv_bytes
-        return {**spent, "kv_bytes": sequence.kv_bytes}
+    def hand_over(self, plan: Plan) -> None:
+        """Between two passes, the last of which ran `plan`: KV rows leave, and who has all of them there follows."""
+        for sequence in self.handovers.ready(plan):
+            ended_ns = time.time_ns()  # before the decode worker hears of it: it may be done before we run on
+            if not self.handovers.complete(sequence):
+                self.fail(sequence, "unavailable", f"decode worker {sequence.target} is gone")
+                continue
+            self.counters["kv_bytes_out"] += sequence.kv_bytes
+            transfer = trace_transfer(self.tracer, sequence, ended_ns)
+            assert sequence.first_token is not None, f"{sequence.id} handed over without a first token"
+            self._emit(sequence, item_of(sequence, [sequence.first_token], transfer=transfer))
+            trace_prefill(self.tracer, self.name, sequence)
+            self._forget(sequence)
 
     @property
     def is_sending(self) -> bool:
-        """Whether rows that wait could leave at once: a round of the serving thread sends some, not all."""
-        return self._kv_sender.has_room
-
-    def kv_link(self, sequence: Sequence) -> Link | None:
-        return self.peers.link_to(sequence.target) if (sequence.target, sequence.number) in self._sent else None
+        """Whether KV rows that wait could leave at once: a round of the serving thread sends some, not all."""
+        return self.handovers.sender.has_room
 
     # ---- ends
 
@@ -324,15 +267,9 @@ class Requests:
         self._emit(sequence, item)
         self.counters["finished"] += 1
         if sequence.state == "decode":
-            attributes: Attributes = {
-                "braid.worker": self.name,
-                "gen_ai.usage.output_tokens": sequence.num_generated,
-                "braid.drafts.accepted": item.accepted,
-                "braid.drafts.rejected": item.rejected,
-            }
-            self.tracer.record("decode", sequence.carrier, sequence.started_ns, time.time_ns(), attributes)
+            trace_decode(self.tracer, self.name, sequence, item)
         else:
-            self._trace_prefill(sequence)
+            trace_prefill(self.tracer, self.name, sequence)
         self._drop(sequence, "finished")
 
     def fail(self, sequence: Sequence, code: ErrorCode, message: str) -> None:
@@ -343,16 +280,12 @@ class Requests:
 
     def _drop(self, sequence: Sequence, reason: str) -> None:
         """Forgets a sequence here and, if its rows are on their way, at the decode worker."""
-        link = self.kv_link(sequence)
-        if link is not None:
-            self.peers.send(link, Kind.KV_ABORT, pack({"number": sequence.number, "reason": reason}))
-        self._sent.pop((sequence.target, sequence.number), None)
-        self._receiving.pop((sequence.source, sequence.number), None)
+        self.handovers.drop(sequence, reason)
+        self.receiver.take(sequence.source, sequence.number)
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self._sequences.pop(sequence.id, None)
-        self._kv_sender.forget(sequence)
         self.scheduler.finish(sequence)
 
     def fail_all(self, code: ErrorCode, message: str, *states: State) -> None:
@@ -371,39 +304,6 @@ class Requests:
         for sequence in [s for s in self._sequences.values() if s.deadline <= now]:
             self.fail(sequence, "deadline", f"the deadline passed after {sequence.num_generated} tokens")
 
-    # ---- messages out
-
-    def item(
-        self,
-        sequence: Sequence,
-        tokens: list[SampledToken],
-        finish: Finish | None = None,
-        transfer: Mapping[str, float] | None = None,
-    ) -> TokenItem:
-        wanted = sequence.params.logprobs is not None
-        first = not tokens or sequence.num_generated == len(tokens)
-        drafting = sequence.drafting
-        return TokenItem(
-            sequence.id,
-            index=sequence.num_generated - len(tokens),
-            token_ids=[token.token_id for token in tokens],
-            logprobs=[wire_logprob(token) for token in tokens] if wanted else None,
-            prompt_logprobs=sequence.prompt_logprobs if first and sequence.prompt_logprobs else None,
-            finish=finish,
-            cached=sequence.cached_tokens if first else 0,
-            accepted=drafting.num_accepted if drafting else 0,
-            rejected=drafting.num_drafted - drafting.num_accepted if drafting else 0,
-            timing={"queue_s": (sequence.started_ns - sequence.arrived_ns) / 1e9, **(transfer or {})} if first else {},
-        )
-
     def _emit(self, sequence: Sequence, item: TokenItem) -> None:
         self.counters["generated"] += len(item.token_ids)
         self.peers.emit(sequence.front, item)
-
-    def _trace_prefill(self, sequence: Sequence) -> None:
-        attributes: Attributes = {"braid.worker": self.name, "gen_ai.usage.input_tokens": sequence.num_prompt}
-        self.tracer.record("prefill", sequence.carrier, sequence.started_ns, time.time_ns(), attributes)
-
-
-def wire_logprob(token: SampledToken) -> WireLogprob:
-    return [token.logprob, [list(pair) for pair in token.top]]

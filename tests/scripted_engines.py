@@ -192,9 +192,9 @@ class Worker:
 
     def assert_empty(self) -> None:
         requests = self.requests
-        left = [requests._sequences, requests._sent, requests._receiving, requests.peers.outbox]
-        assert left == [{}, {}, {}, {}]
-        assert requests._kv_sender._waiting == {}
+        handovers, receiver = requests.handovers, requests.receiver
+        assert [requests._sequences, receiver._receiving, requests.peers.outbox] == [{}, {}, {}]
+        assert [handovers._open, handovers._accepted, handovers.sender._waiting] == [{}, [], {}]
         self.assert_idle()
 
 

@@ -161,9 +161,9 @@ def test_an_engine_sends_what_a_device_has_computed_before_it_asks_for_tokens() 
     connect(a, front)
     connect(b, front)
     link, _ = connect(a, b)
-    memory = a.requests._memory
+    memory = a.requests.handovers.sender.memory
     assert isinstance(memory, HostMemory)
-    device = a.requests._kv_sender.memory = Device(memory, link, lag=1000)
+    device = a.requests.handovers.sender.memory = Device(memory, link, lag=1000)
     for side in (a, b, front):
         side.listen()
     front.submit("a", "b", NUM_ROWS, SamplingParams(max_tokens=2, temperature=0.0))

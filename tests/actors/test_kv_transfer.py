@@ -304,7 +304,7 @@ def test_others_go_on_while_rows_wait(narrow: NarrowPair) -> None:
 
 def test_the_first_token_waits_for_the_last_row(narrow: NarrowPair) -> None:
     name = narrow.begin(300)
-    while narrow.a.requests._kv_sender._waiting:
+    while narrow.a.requests.handovers.sender._waiting:
         narrow.front.listen()
         assert not narrow.front.heard[name].tokens
         narrow.turn()
