@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..router.expert_map import ExpertMap
-from ..router.replica_bias import ReplicaBias
 from .direct_rows import DirectRows
 from .dispatch_message import DispatchMessages
 from .hops import Counters, Part, RemoteHandle
 from .links import Link, LinkClosed, LinkFull, Message
 from .messages import ROWS, Kind
+from .owners import Owners, nobody
 from .pairs import Ints, split
 from .reactor import Closed, Event, Received
 from .row_buffers import RowBuffers
@@ -33,7 +33,7 @@ from .wire import rows_from
 
 DISPATCH_DEADLINE_S = 30.0  # a prefill chunk on a busy CPU takes seconds; a hung worker must still be told apart
 MAX_ANSWER_BYTES = 64 << 20  # of rows in one message: several must fit what a link may queue
-BIAS_INTERVAL = 16  # steps between two updates of the replica bias and its table
+BIAS_INTERVAL = 16  # steps between two updates of the replica bias
 NUMBER = struct.Struct("<Q")  # how the meta of ROWS begins
 
 
@@ -69,45 +69,21 @@ class RemoteExperts:
         self.counters = Counters()
         self.epoch = 0
         self.phase = 0
-        self.failed: dict[int, str] = {}
+        self.failed: dict[int, str] = {}  # batch rows, each with the reason
+        self.loads: npt.NDArray[np.int64] = np.zeros((0, num_experts), dtype=np.int64)  # pairs sent, [layers, experts]
         self._num_experts = num_experts
         self._next_id = 1
-        self._links: list[Link | None] = []
+        self._owners = nobody(num_experts)
         self._direct: DirectRows | None = None
-        self._names: list[str] = []
-        self._layer_row: dict[int, int] = {}
         self._steps = 0
-        self._open: dict[int, Part] = {}
+        self._open: dict[int, Part] = {}  # by number
         self._buffers = RowBuffers()
         self._lent: list[RemoteHandle] = []  # whose rows collect has returned since the last dispatch
         self._slots = np.zeros(0, dtype=np.int64)  # 0, 1, 2 .. as far as was needed
         self._messages = DispatchMessages()
         self._collecting_since = 0.0
-        self.loads: npt.NDArray[np.int64] = np.zeros((0, num_experts), dtype=np.int64)
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds spent waiting for rows so far."""
-        return self.counters.wait_s
-
-    def set_map(self, expert_map: ExpertMap, links: Mapping[str, Link]) -> None:
-        """Swaps to a published map. Between steps only: no handle is open then."""
-        layers = sorted(expert_map.replicas)
-        self.epoch = expert_map.epoch
-        self._layer_row = {layer: row for row, layer in enumerate(layers)}
-        self._names = [owner.worker for owner in expert_map.owners]
-        lives = [(links.get(owner.worker), owner.incarnation) for owner in expert_map.owners]
-        self._links = [link if link and link.peer.incarnation == life else None for link, life in lives]
-        for link in self._links:
-            if link is not None:
-                link.hold_payloads(Kind.ROWS)
-        self._direct = DirectRows(self._links, self._buffers) if HAS_NATIVE else None
-        dead = [index for index, link in enumerate(self._links) if link is None or link.closed]
-        self._bias = ReplicaBias(expert_map, layers, dead)
-        self._table = self._bias.table()
-        self._owner_rows = np.zeros(len(self._names))
-        if len(self.loads) != len(layers):
-            self.loads = np.zeros((len(layers), self._num_experts), dtype=np.int64)
+    # ---- what the model asks for
 
     def dispatch(self, layer: int, x: Tensor, topk_idx: Tensor, first_row: int = 0) -> RemoteHandle:
         """x: [M, hidden]; topk_idx: [M, k]. Sends without waiting; the caller computes the shared expert meanwhile.
@@ -118,7 +94,7 @@ class RemoteExperts:
         self._take_back()
         experts, top_k = topk_idx.numpy().reshape(-1), topk_idx.shape[1]
         handle = self._form_of_handle(x)(layer, x.contiguous(), experts, top_k, first_row)
-        row = self._layer_row.get(layer)
+        row = self._owners.row_of_layer.get(layer)
         if row is None:  # a request that came before the first map
             self._fail(handle, self._all_slots(len(handle.experts)))
         elif self._direct is not None:
@@ -128,9 +104,6 @@ class RemoteExperts:
             self.counters.serialise_s += time.monotonic() - started
             self.loads[row] += np.bincount(handle.experts, minlength=self._num_experts)
         return handle
-
-    def _form_of_handle(self, x: Tensor) -> type[RemoteHandle]:
-        return RemoteHandle
 
     def collect(self, handle: RemoteHandle) -> Tensor:
         """Waits for every row, sending again what a lost worker owed. Returns [M, k, hidden], valid until a dispatch.
@@ -143,17 +116,8 @@ class RemoteExperts:
         while handle.pending:
             if self._direct is not None and (arrival := self._direct.take(self.mail, self._open)) is not None:
                 self._note_rows(*arrival)
-                continue
-            nearest = min(part.expires for part in handle.pending.values())
-            events = deque(self.mail.poll(max(nearest - time.monotonic(), 0.0)))
-            if not events:  # judged only when nothing is left to read: it may be us who slept
-                self._give_up_overdue(handle)
-            try:
-                while events:
-                    self._on_event(events.popleft())
-            finally:
-                for event in events:
-                    self.mail.defer(event)
+            else:
+                self._read_mail(handle)
         self._lent.append(handle)
         self.counters.wait_s += time.monotonic() - started
         if handle.whole is not None:
@@ -161,18 +125,12 @@ class RemoteExperts:
         rows = handle.gathered(self._buffers).rows[: len(handle.experts)]
         return rows.view(-1, handle.top_k, rows.shape[1])
 
-    def _take_back(self) -> None:
-        """The rows that were lent are not read any more."""
-        for handle in self._lent:
-            if handle.buffer is not None:
-                self._buffers.give_back(handle.buffer)
-        self._lent.clear()
+    # ---- what the engine asks for
 
-    def _give_up_overdue(self, handle: RemoteHandle) -> None:
-        now = time.monotonic()
-        for part in [part for part in handle.pending.values() if part.expires <= now]:
-            part.link.close(f"no reply for {DISPATCH_DEADLINE_S:.0f} s to a dispatch of layer {handle.layer}")
-            self._lost(part.link)
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for rows so far."""
+        return self.counters.wait_s
 
     def is_settled(self) -> bool:
         return True
@@ -180,10 +138,8 @@ class RemoteExperts:
     def end_step(self) -> None:
         """Moves the replica bias by the load of the last steps (law 6)."""
         self._steps += 1
-        if self._steps % BIAS_INTERVAL == 0 and self._names:
-            self._bias.update(self._owner_rows)
-            self._table = self._bias.table()
-            self._owner_rows[:] = 0
+        if self._steps % BIAS_INTERVAL == 0:
+            self._owners.balance()
 
     def take_failed(self) -> dict[int, str]:
         """Batch rows that lost an expert since the last call, each with the reason. Ends a step: no handle is open."""
@@ -194,13 +150,29 @@ class RemoteExperts:
         self._open.clear()
         return failed
 
+    def set_map(self, expert_map: ExpertMap, links: Mapping[str, Link]) -> None:
+        """Swaps to a published map. Between steps only: no handle is open then."""
+        self.epoch = expert_map.epoch
+        self._owners = owners = Owners(expert_map, links)
+        for link in owners.links:
+            if link is not None:
+                link.hold_payloads(Kind.ROWS)
+        self._direct = DirectRows(owners.links, self._buffers) if HAS_NATIVE else None
+        if len(self.loads) != len(owners.row_of_layer):
+            self.loads = np.zeros((len(owners.row_of_layer), self._num_experts), dtype=np.int64)
+
+    # ---- what leaves
+
+    def _form_of_handle(self, x: Tensor) -> type[RemoteHandle]:
+        return RemoteHandle
+
     def _send_direct(self, direct: DirectRows, handle: RemoteHandle, row: int) -> float:
         """Into rings what goes there at once, then the rest by messages. Returns when the last of it was sent."""
-        owner_of, loads, number = self._table[row], self.loads[row], self._next_id
-        order, parts = direct.send(handle, owner_of, loads, number, self.epoch, self.phase)
+        owners, loads, number = self._owners, self.loads[row], self._next_id
+        order, parts = direct.send(handle, owners.table[row], loads, number, self.epoch, self.phase)
         unsent, last = [], 0.0
         for owner, first, num, num_bytes, sent in parts:
-            slots, link = order[first : first + num], self._links[owner]
+            slots, link = order[first : first + num], owners.links[owner]
             if num_bytes < 0:
                 unsent.append((owner, slots))
                 continue
@@ -218,8 +190,9 @@ class RemoteExperts:
 
     def _send(self, handle: RemoteHandle, slots: Ints) -> None:
         """slots: ascending flat places (row * k + slot) that need a worker."""
-        owner_of = self._table[self._layer_row[handle.layer]]
-        slots, counts = split(handle.experts, slots, owner_of, len(self._names))
+        owners = self._owners
+        owner_of = owners.table[owners.row_of_layer[handle.layer]]
+        slots, counts = split(handle.experts, slots, owner_of, len(owners))
         first = 0
         for owner, num in enumerate(counts, start=-1):
             if num:
@@ -235,8 +208,8 @@ class RemoteExperts:
             self._send_message(handle, owner, slots[first : first + most])
 
     def _send_message(self, handle: RemoteHandle, owner: int, slots: Ints) -> None:
-        link = self._links[owner]
-        assert link is not None, f"the table chose {self._names[owner]}, which has no link"
+        link = self._owners.links[owner]
+        assert link is not None, f"the table chose {self._owners.map.owners[owner]}, which has no link"
         number, self._next_id = self._next_id, self._next_id + 1
         part = Part(handle, owner, link, slots, time.monotonic() + DISPATCH_DEADLINE_S)
         self._open[number] = handle.pending[number] = part
@@ -259,12 +232,27 @@ class RemoteExperts:
         counters.hops += 1
         counters.rows += num_pairs
         counters.bytes_out += num_bytes
-        self._owner_rows[part.owner] += num_pairs
+        self._owners.served[part.owner] += num_pairs
 
     def _all_slots(self, num: int) -> Ints:
         if len(self._slots) < num:
             self._slots = np.arange(num)
         return self._slots[:num]
+
+    # ---- what comes back
+
+    def _read_mail(self, handle: RemoteHandle) -> None:
+        """Until something comes, or one of the handle's workers is overdue."""
+        nearest = min(part.expires for part in handle.pending.values())
+        events = deque(self.mail.poll(max(nearest - time.monotonic(), 0.0)))
+        if not events:  # judged only when nothing is left to read: it may be us who slept
+            self._give_up_overdue(handle)
+        try:
+            while events:
+                self._on_event(events.popleft())
+        finally:
+            for event in events:
+                self.mail.defer(event)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Received) and event.message.kind in (Kind.ROWS, Kind.NOT_RESIDENT):
@@ -305,7 +293,7 @@ class RemoteExperts:
         self._note_rows(number, part, queue_ns, compute_ns, held_ns)
 
     def _note_rows(self, number: int, part: Part, queue_ns: int, compute_ns: int, held_ns: int) -> None:
-        """A part's rows have come."""
+        """A part's rows have come; nanoseconds that it queued, was computed, and was at the worker in all."""
         self._forget(number, part)
         counters, held_s = self.counters, held_ns / 1e9
         if part.sent + held_s > self._collecting_since:  # else they may have lain there while we computed
@@ -318,6 +306,15 @@ class RemoteExperts:
     def _forget(self, number: int, part: Part) -> None:
         del self._open[number], part.handle.pending[number]
 
+    def _take_back(self) -> None:
+        """The rows that were lent are not read any more."""
+        for handle in self._lent:
+            if handle.buffer is not None:
+                self._buffers.give_back(handle.buffer)
+        self._lent.clear()
+
+    # ---- what is lost
+
     def _on_not_resident(self, message: Message) -> None:
         """The map names a holder that does not hold: never ask it for these experts again."""
         number = NUMBER.unpack_from(message.meta)[0]
@@ -328,17 +325,21 @@ class RemoteExperts:
         if not np.isin(experts, part.handle.experts[part.slots]).all() or not len(experts):  # would ask for ever
             raise ValueError(f"it has no experts {experts.tolist()}, and was not asked for them")
         self._forget(number, part)
-        self._bias.forget(self._layer_row[part.handle.layer], experts, part.owner)
-        self._table = self._bias.table()
+        self._owners.forget(part.handle.layer, experts, part.owner)
         self._send_again(part)
+
+    def _give_up_overdue(self, handle: RemoteHandle) -> None:
+        now = time.monotonic()
+        for part in [part for part in handle.pending.values() if part.expires <= now]:
+            part.link.close(f"no reply for {DISPATCH_DEADLINE_S:.0f} s to a dispatch of layer {handle.layer}")
+            self._lost(part.link)
 
     def _lost(self, link: Link) -> None:
         """Takes a worker out of the table and sends what it owed, to any handle, to other replicas."""
-        if link not in self._links:
+        if link not in self._owners.links:
             return
-        owner = self._links.index(link)
-        self._bias.drop(owner)
-        self._table = self._bias.table()
+        owner = self._owners.links.index(link)
+        self._owners.leave_out(owner)
         for number, part in list(self._open.items()):
             if part.owner == owner and number in self._open:  # a nested loss may have moved it already
                 self._forget(number, part)

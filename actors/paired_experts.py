@@ -21,7 +21,6 @@ from torch import Tensor
 from ..model.from_device import Aside
 from ..model.to_device import on_device
 from ..router.expert_map import ExpertMap
-from ..router.replica_bias import ReplicaBias
 from .dispatch import NUMBER, Mail, RemoteExperts
 from .hops import Part, RemoteHandle
 from .links import DialFailed, Link, LinkClosed, LinkError, LinkFull, Message
@@ -78,7 +77,6 @@ class PairedExperts(RemoteExperts):
         super().__init__(mail, num_experts)
         self._device, self._host, self._host_id = device, host, host_id
         self._aside = Aside(device)  # rows that leave do not wait for the shared expert, which is launched before
-        self._map: ExpertMap | None = None
         self._pairs: dict[Link, RowPair | None] = {}  # None: asked for
         self._stores: dict[Link, PairStore] = {}  # of those that have answered
         self._joined: SimpleQueue[tuple[Link, RowPair]] = SimpleQueue()
@@ -89,8 +87,7 @@ class PairedExperts(RemoteExperts):
     def set_map(self, expert_map: ExpertMap, links: Mapping[str, Link]) -> None:
         """Swaps to a published map; asks those of its owners who are new for a pair, if some are on other hosts."""
         super().set_map(expert_map, links)
-        self._map = expert_map
-        linked = [link for link in self._links if link is not None]
+        linked = [link for link in self._owners.links if link is not None]
         if any(link.peer.host_id != self._host_id for link in linked):
             for link in linked:
                 self._ask(link)
@@ -163,18 +160,14 @@ class PairedExperts(RemoteExperts):
 
     def _choose_owners(self) -> None:
         """Those with a pair if they have every expert among them, else all that are linked."""
-        if self._map is None:
-            return
-        is_linked = [link is not None and link.closed is None for link in self._links]
+        owners = self._owners
+        is_linked = [link is not None and link.closed is None for link in owners.links]
         has_pair = [
             is_there and link is not None and self._pairs.get(link) is not None
-            for is_there, link in zip(is_linked, self._links, strict=True)
+            for is_there, link in zip(is_linked, owners.links, strict=True)
         ]
-        self.is_paired = way(self._map, has_pair=has_pair) == "paired"
-        useful = has_pair if self.is_paired else is_linked
-        dead = [owner for owner, is_useful in enumerate(useful) if not is_useful]
-        self._bias = ReplicaBias(self._map, list(self._layer_row), dead)
-        self._table = self._bias.table()
+        self.is_paired = way(owners.map, has_pair=has_pair) == "paired"
+        owners.choose(has_pair if self.is_paired else is_linked)
         if self.is_paired:
             self._direct = None  # which reads and writes host memory only
 
