@@ -7,7 +7,7 @@ import signal
 import time
 
 from .errors import ClusterStuck
-from .processes import end_processes, send, wait_gone
+from .processes import send, wait_gone
 from .registry import Record, Registry
 
 ORDERLY_S = 45.0
@@ -17,16 +17,14 @@ SPAWN_S = 10.0
 def down(name: str, registry: Registry) -> list[int]:
     """Takes the cluster down and returns the pids that had to be killed. Raises ClusterNotFound and ClusterStuck."""
     record = _spawned(registry.get(name), registry)
-    everybody = record.processes()
     if record.supervisor is not None and send(record.supervisor, signal.SIGTERM):
         wait_gone([record.supervisor], ORDERLY_S)
     elif record.ray_address is not None:
         down_on_ray(name, record.ray_address)
     # Ray's own processes follow their parent within a second or two
-    wait_gone(everybody, 5.0)
-    killed = [process.pid for process in end_processes({*everybody, *record.processes()}, grace_s=1.0)]
-    left = wait_gone({*everybody, *record.processes()}, 1.0)
-    if left:
+    wait_gone(record.processes(), 5.0)
+    killed = [process.pid for process in record.end(grace_s=1.0)]
+    if left := record.processes():
         raise ClusterStuck(f"still running after SIGKILL: pids {', '.join(str(process.pid) for process in left)}")
     registry.remove(record)
     return killed

@@ -58,6 +58,10 @@ class Record:
         """The supervisor's session: it cannot be left by accident, and its number stays taken while a member lives."""
         return members(self.supervisor) if self.supervisor else []
 
+    def end(self, grace_s: float) -> list[Process]:
+        """Ends all of them, then those that they were just starting. Returns those that had to be killed."""
+        return [killed for _ in range(2) for killed in end_processes(self.processes(), grace_s)]
+
 
 def default_root() -> Path:
     return Path.home() / ".cache" / "braid"
@@ -148,7 +152,7 @@ class Registry:
 
     def _sweep(self, name: str, record: Record | None) -> None:
         if record is not None:
-            end_processes(record.processes(), grace_s=0.0)
+            record.end(grace_s=0.0)
             self.remove(record)
         shutil.rmtree(self.root / name, ignore_errors=True)
 

@@ -23,7 +23,7 @@ from .errors import StartFailed
 from .local_gpus import local_gpus
 from .local_ray import check_answers
 from .preflight import check_gpus, check_ports, check_weights, model_facts, read_api_keys, read_secret
-from .processes import end_processes, process_of
+from .processes import process_of
 from .registry import Record, Registry
 from .spec import ClusterSpec
 from .supervisor import Orders
@@ -162,7 +162,7 @@ def _spawn(record: Record) -> subprocess.Popen[bytes]:
 
 def _broken(started: Started, registry: Registry, what: str) -> StartFailed:
     """Sweeps up after a supervisor that could not do it itself."""
-    end_processes(started.record.processes(), grace_s=5.0)
+    started.record.end(grace_s=5.0)
     logs = registry.keep_logs(started.record)
     registry.remove(started.record)
     return StartFailed(f"{what} (logs: {logs})")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_S
 
 from braid.cluster.errors import ClusterExists, ClusterNotFound, SpecError, StartFailed
 from braid.cluster.processes import Process, is_alive, process_of
@@ -79,6 +80,19 @@ def test_a_claim_sweeps_up_after_a_dead_supervisor(tmp_path: Path) -> None:
     assert found.processes() == [orphan]
     registry.remove(registry.claim(record()))
     assert not is_alive(orphan)
+
+
+def test_what_is_started_while_the_others_end_is_ended_too() -> None:
+    script = (
+        "import signal, subprocess, sys; start = lambda *_: (subprocess.Popen(['sleep', '600']), sys.exit());"
+        "signal.signal(signal.SIGTERM, start); print(1, flush=True); signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True) as leader:
+        assert leader.stdout is not None
+        leader.stdout.readline()
+        cluster = replace(record(), supervisor=process_of(leader.pid))
+        assert cluster.end(grace_s=LIMIT_S) == []
+        assert cluster.processes() == []
 
 
 def test_logs_of_failures_are_kept_but_not_for_ever(tmp_path: Path) -> None:
