@@ -51,8 +51,10 @@ def widened(handle: Any) -> Any:
 
 
 def create_dot(self: Any, a: Any, b: Any, to: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    total = np.matmul(widened(a), widened(b), dtype=to.data.dtype) + to.data
-    return interpreter.TensorHandle(total, to.dtype.scalar)
+    """In float64, where sums of bf16 and fp8 products are exact: numpy's BLAS adds up a number in an order that on
+    some CPUs follows from its place in the tile."""
+    total = np.matmul(widened(a).astype(np.float64), widened(b).astype(np.float64)) + to.data
+    return interpreter.TensorHandle(total.astype(to.data.dtype), to.dtype.scalar)
 
 
 def patch_tensor(tensor: Any, scope: Any) -> None:

@@ -13,7 +13,7 @@ from braid.kernels.native_attention import mla_decode, mla_prefill
 
 BLOCK = 64
 LENGTHS = [1, 2, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1500]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if native.available(dtype)]
 # heads, d_nope, d_rope, d_v, kv_lora: the bundled model, DeepSeek-V3's per head, and odd ones
 BUNDLED, V3 = (4, 32, 16, 48, 64), (8, 128, 64, 128, 512)
 SIZES = [BUNDLED, V3, (1, 6, 2, 5, 9), (3, 9, 6, 13, 22), (16, 10, 6, 14, 40)]
@@ -213,18 +213,19 @@ def test_sequences_with_a_common_prefix_keep_their_bits() -> None:
     assert not torch.equal(alone[0], alone[2])
 
 
-def test_strided_operands_change_no_bits() -> None:
-    sequence = Sequence(V3, 200, torch.bfloat16)
-    wide_q = torch.full((200, 8, 700), torch.nan, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_operands_change_no_bits(dtype: torch.dtype) -> None:
+    sequence = Sequence(V3, 200, dtype)
+    wide_q = torch.full((200, 8, 700), torch.nan, dtype=dtype)
     wide_q[..., 3:579] = sequence.q_absorbed
-    wide_out = torch.full((2, 9, 600), torch.nan, dtype=torch.bfloat16)
+    wide_out = torch.full((2, 9, 600), torch.nan, dtype=dtype)
     tables = torch.stack([sequence.table, sequence.table])
     args = (sequence.cache, torch.tensor([150, 199]), tables, sequence.scale, sequence.lora)
     mla_decode(wide_q[[150, 199]][..., 3:579], *args, wide_out[:, 1:, 7:519])
     assert torch.equal(wide_out[:, 1:, 7:519], sequence.decode([150, 199]))
     assert wide_out.isnan().sum() == wide_out.numel() - 2 * 8 * 512
     wide_q[..., :192] = sequence.q
-    prefill_out = torch.full((200, 9, 150), torch.nan, dtype=torch.bfloat16)
+    prefill_out = torch.full((200, 9, 150), torch.nan, dtype=dtype)
     prefill_args = (sequence.cache, sequence.packed_kv_b, 0, 200, sequence.table, sequence.scale, 128)
     mla_prefill(wide_q[..., :192], *prefill_args, prefill_out[:, :8, 5:133])
     assert torch.equal(prefill_out[:, :8, 5:133], sequence.prefill(0, 200))

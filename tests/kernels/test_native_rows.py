@@ -15,7 +15,7 @@ from braid.kernels import native, reference
 from braid.kernels.native_rows import add_rms_norm, combine, gather, rms_norm, rope, route, write_latents
 from braid.router import gate
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if native.available(dtype)]
 WIDTHS = [1, 15, 16, 17, 31, 32, 33, 256, 1000, 1024, 7168]
 EPS = 1e-6
 
