@@ -66,8 +66,9 @@ def test_front_ends_hear_of_a_worker_once_it_can_reach_the_experts(cluster: Proc
 def test_tokens_are_the_oracles_one_by_one_and_all_at_once(cluster: ProcessCluster, oracle: list[list[int]]) -> None:
     alone = [cluster.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS]
     assert alone == oracle
-    assert tokens(cluster.generate(PROMPTS, GREEDY)) == oracle
-    assert {answer.finish for answer in cluster.front.answers.values()} == {"length"}
+    together = cluster.generate(PROMPTS, GREEDY)
+    assert tokens(together) == oracle
+    assert {answer.finish for answer in together} == {"length"}
 
 
 def test_sampled_tokens_and_logprobs_do_not_depend_on_company(cluster: ProcessCluster) -> None:
