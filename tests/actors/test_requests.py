@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +11,7 @@ from scripted_engines import VOCAB, Front, NarrowPipe, Worker, answer_to, connec
 
 from braid.actors.links import Link
 from braid.actors.messages import KV_LAYER, Kind, pack
+from braid.actors.tracing import Attributes, Tracer
 from braid.model.sampling_params import SamplingParams
 
 TEN = SamplingParams(max_tokens=10, temperature=0.0)
@@ -95,6 +96,44 @@ def test_an_answer_is_the_same_with_and_without_a_handover(trio: Trio, decode: s
     heard = trio.front.heard[name]
     assert [heard.tokens[index] for index in range(len(heard.tokens))] == answer_to(num_prompt, params)
     assert heard.prompt_logprobs == num_prompt
+
+
+class Notes(Tracer):
+    """Keeps when each phase ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: dict[str, int] = {}
+
+    def record(
+        self,
+        name: str,
+        carrier: Mapping[str, str],
+        start_ns: int,
+        end_ns: int,
+        attributes: Attributes | None = None,
+        error: str | None = None,
+    ) -> None:
+        self.ends[name] = end_ns
+
+
+def test_a_transfer_ends_before_what_follows_it_however_fast_that_is(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, notes = trio.workers["a"], trio.workers["b"], Notes()
+    a.requests.tracer = b.requests.tracer = notes
+    send = a.requests.peers.send
+
+    def send_and_be_slow(link: Link, kind: Kind, meta: bytes) -> bool:
+        has_left = send(link, kind, meta)
+        while kind is Kind.KV_DONE and "decode" not in notes.ends:
+            b.turn()
+        return has_left
+
+    monkeypatch.setattr(a.requests.peers, "send", send_and_be_slow)
+    trio.front.submit("a", "b", 65, TEN)
+    trio.run()
+    assert notes.ends["kv_transfer"] <= notes.ends["decode"]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
