@@ -298,7 +298,8 @@ class RemoteExperts:
         counters, held_s = self.counters, held_ns / 1e9
         if part.sent + held_s > self._collecting_since:  # else they may have lain there while we computed
             counters.timed += 1
-            counters.wire_s += time.monotonic() - part.sent - held_s
+            # not less than none: we may have been stopped after a send and before we noted when it was
+            counters.wire_s += max(time.monotonic() - part.sent - held_s, 0.0)
         counters.queue_s += queue_ns / 1e9
         counters.compute_s += compute_ns / 1e9
         counters.bytes_in += len(part.slots) * part.handle.row_bytes

@@ -25,7 +25,10 @@ EXPECTED = X[:, None] * (TOPK + 1)[..., None]
 
 
 class Expert:
-    """One expert worker: `cut_rows` of its answers are missing; while `is_silent` it answers nothing."""
+    """One expert worker: `cut_rows` of its answers are missing; while `is_silent` it answers nothing.
+
+    `held_ns`: how long it says that it had them.
+    """
 
     def __init__(self, name: str, attention: Reactor) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -34,7 +37,7 @@ class Expert:
         self.reactor = Reactor()
         self.reactor.add(self.far)
         self.is_silent = False
-        self.cut_rows = 0
+        self.cut_rows = self.held_ns = 0
         self.num_asked = 0
         attention.add(self.link)
 
@@ -47,7 +50,7 @@ class Expert:
                 x = rows_from(payload[8 * num_pairs :], torch.float32, HIDDEN)
                 rows = x[torch.from_numpy(pairs[0].copy())] * torch.from_numpy(pairs[1] + 1)[:, None]
                 self.num_asked += 1
-                meta = ROWS.pack(number, num_pairs, 0, 0, 0)
+                meta = ROWS.pack(number, num_pairs, 0, 0, self.held_ns)
                 self.far.send(Kind.ROWS, meta, bytes_of(rows[: len(rows) - self.cut_rows]))
 
 
@@ -102,6 +105,14 @@ def test_rows_come_back_in_slot_order(post: Post) -> None:
     assert experts.take_failed() == {}
     assert post.experts[0].num_asked
     assert post.experts[1].num_asked
+
+
+def test_a_hop_that_was_noted_late_took_no_less_than_no_time(post: Post) -> None:
+    """As when we are stopped between a send and its time: the answer has been in the making for longer, then."""
+    experts = remote(post)
+    post.experts[0].held_ns = post.experts[1].held_ns = 10**12
+    experts.collect(experts.dispatch(LAYER, X, TOPK))
+    assert (experts.counters.timed, experts.counters.wire_s) == (2, 0.0)
 
 
 def test_before_the_first_map_every_row_fails_by_name_and_nothing_breaks(post: Post) -> None:
