@@ -9,6 +9,7 @@ import pytest
 import torch
 from generators import make_hf_model, save_hf_model
 from processes import SECRET, WireFront, WorkerProcess
+from waiting import LIMIT_S
 
 from braid.actors.attention_worker import AttentionWorker, dial_targets
 from braid.actors.reactor import Event
@@ -75,7 +76,7 @@ def apply_late(worker: AttentionWorker, first: ClusterView) -> threading.Event:
 
     def inbox(timeout_s: float) -> list[Event]:
         if worker._is_open:
-            assert submitted.wait(30.0)
+            assert submitted.wait(LIMIT_S)
         events = look(timeout_s)
         worker.apply(first)
         return events
