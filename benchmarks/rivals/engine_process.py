@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import psutil
 
 from .session import Answers
 
-STOP_S, ORPHANS_S, FREEZE_S = 60.0, 3.0, 5.0
+STOP_S, ORPHANS_S = 60.0, 3.0
 
 
 class EngineFailed(Exception):
@@ -86,8 +86,9 @@ class EngineProcess:
 
     def processes(self) -> list[psutil.Process]:
         """The driver and all below it; what was seen once is not forgotten when its parent is gone."""
-        self._seen |= {process.pid: process for process in tree_of(self._process.pid)}
-        return [process for process in self._seen.values() if process.is_running()]
+        if self._process.returncode is None:  # else its number may be another's by now
+            self._seen |= {process.pid: process for process in tree_of(self._process.pid)}
+        return [process for process in self._seen.values() if not _has_ended(process)]
 
     def close(self) -> None:
         """Asks, then insists; afterwards no process of it is left. A second call does nothing."""
@@ -102,10 +103,9 @@ class EngineProcess:
                 break
             except subprocess.TimeoutExpired:
                 self._process.send_signal(last_resort)
-        _, left = psutil.wait_procs(self.processes(), ORPHANS_S)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, ORPHANS_S)
+        wait_until(lambda: not self.processes(), ORPHANS_S)
+        self._signal(signal.SIGKILL)
+        wait_until(lambda: not self.processes(), STOP_S)
         self._process.wait()
         self._process.stdout.close()
 
@@ -138,9 +138,7 @@ class EngineProcess:
     def _freeze(self) -> None:
         """A process that computes takes note of the signal a little later: nobody's turn begins before that."""
         self._signal(signal.SIGSTOP)
-        deadline = time.monotonic() + FREEZE_S
-        while any(_computes(process) for process in self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_until(lambda: not any(_computes(process) for process in self.processes()), STOP_S)
 
     def _signal(self, number: signal.Signals) -> None:
         """To every process of the tree: worker processes may have left the driver's process group."""
@@ -151,9 +149,23 @@ class EngineProcess:
                 continue
 
 
+def wait_until(is_reached: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_reached() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """A zombie has: in a container whose first process reaps nobody, an orphan stays one."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _computes(process: psutil.Process) -> bool:
     try:
-        return process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+        return process.status() != psutil.STATUS_STOPPED
     except psutil.NoSuchProcess:
         return False
 

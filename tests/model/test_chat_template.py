@@ -45,7 +45,7 @@ DEEPSEEK_LIKE = """
 {%- if add_generation_prompt %}{{ '<|Assistant|>' + ('<think>\\n' if thinking else '') }}{% endif %}
 """
 JSONISH = (
-    "{% for m in messages %}\n  {% if true %}\n{{ m | tojson }}\n  {% endif %}\n{% endfor %}\n{{ strftime_now('%Y') }}"
+    "{% for m in messages %}\n  {% if true %}\n{{ m | tojson }}\n  {% endif %}\n{% endfor %}\n{{ strftime_now('%%') }}"
 )
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "hi"}],
@@ -119,7 +119,6 @@ def checkpoint(tmp_path: Path) -> Callable[..., Tokenizer]:
 def test_the_template_is_found_where_checkpoints_keep_it(checkpoint: Callable[..., Tokenizer], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         checkpoint().render([])
-    assert not checkpoint().has_chat_template
     assert checkpoint(chat_template="{{ bos_token }}!", bos_token={"content": "<b>"}).render([]) == "<b>!"
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     assert checkpoint(chat_template=named).render([]) == "plain"

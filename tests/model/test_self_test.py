@@ -28,7 +28,11 @@ def test_expert_workers_prove_their_own_kernels() -> None:
 
 class Unpadded(TorchOps):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight)
+        """A row alone is summed up in halves, which is what some BLAS libraries do on some CPUs."""
+        if len(x) > 1:
+            return F.linear(x, weight)
+        half = x.shape[1] // 2
+        return F.linear(x[:, :half], weight[:, :half]) + F.linear(x[:, half:], weight[:, half:])
 
 
 class Leaning(TorchOps):
