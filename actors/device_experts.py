@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,9 @@ from torch import Tensor
 from ..kernels.gpu import mail
 from ..model.config import ModelConfig
 from ..model.experts import ExpertBackend
+from ..model.row_memory import RowMemory
 from ..router.expert_map import ExpertMap
+from .expert_side import ExpertSide
 from .links import Link
 from .mail_peers import MailPeers
 from .mailbox import BoxShape
@@ -34,18 +36,8 @@ SLOTS = 2
 BIAS_INTERVAL = 16  # steps between two updates of the replica bias
 
 
-class Staged(ExpertBackend, Protocol):
+class Staged(ExpertBackend, ExpertSide, Protocol):
     """The way over the links."""
-
-    phase: int
-    has_waits: bool
-
-    @property
-    def wait_s(self) -> float: ...
-
-    def take_failed(self) -> dict[int, str]: ...
-
-    def end_step(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -65,22 +57,6 @@ class MailHandle:
     memory: Tensor
     rows: Tensor  # [M, k, hidden], its front
     pieces: list[Piece]
-
-
-@dataclass(slots=True)
-class RowMemory:
-    """Rows of handles; none is ever freed: captured graphs name it."""
-
-    spare: list[Tensor] = field(default_factory=list)
-
-    def take(self, num_pairs: int, x: Tensor) -> Tensor:
-        enough = [memory for memory in self.spare if len(memory) >= num_pairs]
-        if not enough:
-            num_pairs = max(num_pairs, 2 * max(map(len, self.spare), default=0))  # else it grows row by row
-            return x.new_empty(num_pairs, x.shape[1])
-        memory = min(enough, key=len)
-        self.spare = [other for other in self.spare if other is not memory]
-        return memory
 
 
 def box_shape(config: ModelConfig, max_batch_tokens: int) -> BoxShape:
@@ -148,7 +124,7 @@ class DeviceExperts:
                     self._post(piece)
                 else:
                     self._land_oldest()
-        self._memory.spare.append(handle.memory)
+        self._memory.give_back(handle.memory)
         return handle.rows
 
     def _post(self, piece: Piece) -> None:

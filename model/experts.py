@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .network_weights import ExpertWeights
 from .ops import Operand
+from .row_memory import RowMemory
 
 
 class ExpertBackend(Protocol):
@@ -40,7 +41,7 @@ class LocalHandle:
 
 
 class LocalExperts:
-    """All experts of all layers in this process: the colocated mode."""
+    """All experts of all layers in this process: the colocated mode. See ExpertBackend for the shapes."""
 
     def __init__(self, weights: Mapping[int, ExpertWeights]) -> None:
         self._weights = weights
@@ -48,8 +49,7 @@ class LocalExperts:
         self.can_be_noted = all(places is None for places in self._places.values())
         self._rows_of_pairs: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
         self._top_k = 0
-        self._memory: list[Tensor] = []  # for rows, [pairs, H] each; none is ever given back: noted calls name it
-        self._spare: list[Tensor] = []
+        self._memory = RowMemory()
 
     def dispatch(self, layer: int, x: Operand, topk_idx: Tensor, first_row: int = 0) -> LocalHandle:
         num_tokens, top_k = topk_idx.shape
@@ -58,25 +58,14 @@ class LocalExperts:
         expert_of_pair = topk_idx.reshape(-1)
         if places is not None:
             expert_of_pair = places[expert_of_pair]
-        memory = self._take(num_pairs, stack.ops.tensor(x))
+        memory = self._memory.take(num_pairs, stack.ops.tensor(x))
         rows, row_of_pair = memory[:num_pairs], self._row_of_pair(num_tokens, top_k, topk_idx.device)
         stack.ops.grouped_mlp(x, row_of_pair, expert_of_pair, stack.w13, stack.w2, out=rows)
         return LocalHandle(memory, rows.view(num_tokens, top_k, -1))
 
     def collect(self, handle: LocalHandle) -> Tensor:
-        self._spare.append(handle.memory)
+        self._memory.give_back(handle.memory)
         return handle.rows
-
-    def _take(self, num_pairs: int, x: Tensor) -> Tensor:
-        """The least of the spare memory that is enough."""
-        enough = [memory for memory in self._spare if len(memory) >= num_pairs]
-        if not enough:
-            num_pairs = max(num_pairs, 2 * max(map(len, self._spare), default=0))  # else it grows row by row
-            self._memory.append(x.new_empty(num_pairs, x.shape[1]))
-            return self._memory[-1]
-        memory = min(enough, key=len)
-        self._spare = [other for other in self._spare if other is not memory]
-        return memory
 
     def _row_of_pair(self, num_tokens: int, top_k: int, device: torch.device) -> Tensor:
         """0 0 .. 1 1 ..: `top_k` times each."""
