@@ -108,7 +108,7 @@ class Sequence:
         return params.banned_ids(self.num_generated + ahead, eos_token_ids) if params.min_tokens else ()
 
     def finish_reason(self, eos_token_ids: tuple[int, ...]) -> Literal["stop", "length"] | None:
-        """Whether the newest token ends the sequence."""
+        """Why the newest token ends the sequence; None if it does not."""
         if self.num_generated and self.tokens[-1] in self.params.stop_ids(eos_token_ids):
             return "stop"
         return "length" if self.num_generated >= self.params.max_tokens else None

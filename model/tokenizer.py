@@ -46,10 +46,6 @@ class Tokenizer:
         """One more than the largest id; a model's own vocab_size may be padded beyond it."""
         return max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat is not None
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Rendered chat text already holds its special tokens: encode it with `add_special_tokens=False`."""
         if not self.has_text:
@@ -92,9 +88,6 @@ class Tokenizer:
         if piece is None:
             return b""
         return byte_level_bytes(piece) if self._is_byte_level else piece.replace("\u2581", " ").encode()
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
 
     def render(
         self,
