@@ -13,6 +13,7 @@ which serve tests, ask for nothing that is secret. They belong on a network that
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ class Transfer:
         until = time.monotonic() + timeout_s
         try:
             if not self._rows.is_cuda:
-                self._work.wait(timedelta(seconds=timeout_s))
+                self._work.wait(timedelta(milliseconds=math.ceil(1e3 * timeout_s)))  # as whole ones it is taken
             elif self._is_over(until):
                 self._work.wait()  # raises what went wrong
             else:

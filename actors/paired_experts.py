@@ -36,7 +36,7 @@ from .wire import DTYPE_CODES, rows_from
 log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 30.0  # NCCL's first communicator of a process takes seconds
-MIN_WAIT_S = 0.5  # for rows that have been told of: it may be us who were late to read it
+MIN_WAIT_S = 5.0  # for rows that have been told of: it may be us who were late to read it
 
 
 @dataclass(slots=True)

@@ -15,15 +15,18 @@ from braid.actors.nccl_pair import ATTENTION, EXPERT, RowPair, join
 from braid.actors.pair_store import PairStore
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
-LONG_S = 30.0
+LONG_S = 120.0
+Heard = Callable[[int], object]
 
 
-def joined(
-    peer: str, rank: int, link: Connection, timeout_s: float = LONG_S, heard: Callable[[], object] = lambda: None
-) -> RowPair:
+def _nothing(number: int) -> None:
+    pass
+
+
+def joined(peer: str, rank: int, link: Connection, timeout_s: float = LONG_S, heard: Heard = _nothing) -> RowPair:
     """`link` brings entries, and only those: the other end may have its pair sooner, and ask for rows at once.
 
-    heard: called before an entry is passed on.
+    heard: called with 0 when we have begun to join, then with the number of each entry before it is passed on.
     """
 
     def tell(entry: bytes) -> None:
@@ -32,14 +35,16 @@ def joined(
         except OSError as error:
             raise LinkClosed(f"the link to {peer} is closed: {error}") from error
 
-    store = PairStore(peer, tell, timeout_s)
+    store, number = PairStore(peer, tell, timeout_s), 0
     with ThreadPoolExecutor(1) as pool:
         pair, is_open = pool.submit(join, peer, rank, store, HOST, CPU, timeout_s), True
+        heard(number)
         while is_open and not pair.done():
             try:
                 if link.poll(0.001):
                     entry = link.recv_bytes()
-                    heard()
+                    number += 1
+                    heard(number)
                     store.hear(entry)
             except (EOFError, OSError):
                 store.close("its link is closed")
@@ -74,7 +79,7 @@ class Process:
         self.name, self._rank = name, rank
         self.conn.recv()
 
-    def join(self, timeout_s: float = LONG_S, heard: Callable[[], object] = lambda: None) -> RowPair:
+    def join(self, timeout_s: float = LONG_S, heard: Heard = _nothing) -> RowPair:
         self.conn.send("join")
         return joined(self.name, ATTENTION if self._rank == EXPERT else EXPERT, self._link, timeout_s, heard)
 

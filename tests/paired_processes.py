@@ -18,7 +18,7 @@ from braid.actors.socket_pipe import SocketPipe
 from braid.model.network_weights import PLAIN, ExpertWeights
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
-LONG_S = 30.0
+LONG_S = 120.0
 HIDDEN, INNER, TOP_K, NUM_EXPERTS, LAYERS = 32, 16, 2, 8, (1, 2)
 
 

@@ -13,6 +13,7 @@ import torch
 from paired_processes import CPU, HIDDEN, HOST, LAYERS, LONG_S, NUM_EXPERTS, TOP_K, PairedWorker, weights
 from torch import Tensor
 
+from braid.actors import paired_experts
 from braid.actors.links import Message
 from braid.actors.messages import ROWS, Kind, pack
 from braid.actors.paired_experts import PairedExperts
@@ -169,12 +170,13 @@ def entry(meta: bytes) -> Message:
 
 
 def test_who_waits_for_a_pair_is_let_go_with_its_link(workers: list[PairedWorker], attention: Attention) -> None:
+    before = set(threading.enumerate())
     workers[0].signal(signal.SIGSTOP)
     try:
         attention.set_map(replicas=2)
         link = attention.links[NAMES[0]]
         attention.remote.hear(Received(link, entry(pack(["the first", b""]))))
-        [joining] = [thread for thread in threading.enumerate() if thread.name == f"pair-{NAMES[0]}"]
+        [joining] = [thread for thread in set(threading.enumerate()) - before if thread.name == f"pair-{NAMES[0]}"]
         link.close("a fault")
         attention.serve(lambda: link in attention.remote._pairs)
         joining.join(LONG_S / 2)
@@ -218,7 +220,10 @@ def test_a_silent_worker_is_given_up_at_its_deadline(
     assert torch.equal(rows[kept], expected[kept])
 
 
-def test_rows_that_were_told_of_and_do_not_come_are_asked_of_another(attention: Attention) -> None:
+def test_rows_that_were_told_of_and_do_not_come_are_asked_of_another(
+    attention: Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paired_experts, "MIN_WAIT_S", 0.3)
     attention.set_map(replicas=2)
     attention.join()
     liar = attention.links[NAMES[0]]
