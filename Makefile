@@ -1,6 +1,7 @@
 # Everything a working copy needs; all of it is installed into .venv, nothing else on the machine is touched.
 #   make demo    install, start a local cluster on the bundled model, stream two prompts, shut down
 #   make test    install, then lint, types, the GPU kernels' compile gate and all tests
+#                .venv/bin/pytest --hypothesis-profile=explore tries other examples than those every commit is held to
 #   make lint    ruff and mypy alone
 #   make compile-gate    compile the GPU kernels for sm_90a, no GPU needed; refuse what breaks the chip's limits
 #   make compile-report  what a newer Triton, put into .bench, makes of them; refuses nothing
