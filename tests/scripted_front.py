@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from braid.cluster.http_api import build_app
+from braid.cluster.http_listen import IDLE_S
 from braid.cluster.request import Delta, GenerateRequest, ModelInfo, RequestRefused
 from braid.cluster.streams import OutputStream
 from braid.model.tokenizer import Tokenizer
 
-WAIT_S = 10.0
+WAIT_S = 120.0  # ends what waits in vain
+MODEL, CONTEXT = "tiny", 120
 BOS, EOS = "<bos>", "<eos>"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 Reply = Callable[[GenerateRequest], str]
@@ -133,7 +136,10 @@ def served(front: ScriptedFront, info: ModelInfo, **options: Any) -> Iterator[in
         return b"braid_up 1.0\n"
 
     app = build_app(lambda: front, info, metrics, **options)
-    server = _Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="warning", lifespan="off", timeout_keep_alive=IDLE_S
+    )
+    server = _Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert server.is_up.wait(WAIT_S)
@@ -144,3 +150,19 @@ def served(front: ScriptedFront, info: ModelInfo, **options: Any) -> Iterator[in
         thread.join(WAIT_S)
         assert not thread.is_alive()
         assert front.running == 0, "a sequence was left running"
+
+
+def model_info(tokenizer: Tokenizer, *notices: str) -> ModelInfo:
+    return ModelInfo(MODEL, CONTEXT, tokenizer.vocab_size, "DeepseekV3ForCausalLM", 1_700_000_000, notices)
+
+
+def call(method: str, url: str, **what: Any) -> httpx.Response:
+    """On a connection of its own."""
+    return httpx.request(method, url, timeout=WAIT_S, **what)
+
+
+def post(url: str, path: str = "completions", **body: Any) -> dict[str, Any]:
+    answer = call("POST", f"{url}/v1/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    parsed: dict[str, Any] = answer.json()
+    return parsed

@@ -125,7 +125,7 @@ def test_a_transfer_ends_before_what_follows_it_however_fast_that_is(
     send = a.requests.peers.send
 
     def send_and_be_slow(link: Link, kind: Kind, meta: bytes) -> bool:
-        has_left = send(link, kind, meta)
+        has_left: bool = send(link, kind, meta)
         while kind is Kind.KV_DONE and "decode" not in notes.ends:
             b.turn()
         return has_left

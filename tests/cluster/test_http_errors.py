@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from scripted_front import WAIT_S, ScriptedFront, busy, served, small_tokenizer
+from scripted_front import WAIT_S, ScriptedFront, busy, call, served, small_tokenizer
 
 from braid.cluster.http_errors import REFUSALS
 from braid.cluster.request import ModelInfo, RefusalCode, RequestRefused
@@ -33,17 +33,6 @@ def server(tokenizer: Tokenizer) -> Iterator[tuple[ScriptedFront, str]]:
     front = ScriptedFront(tokenizer)
     with served(front, ModelInfo(MODEL, CONTEXT, tokenizer.vocab_size), max_body_bytes=MAX_BODY) as port:
         yield front, f"http://127.0.0.1:{port}/v1"
-
-
-@pytest.fixture
-def front(server: tuple[ScriptedFront, str]) -> ScriptedFront:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(server: tuple[ScriptedFront, str], front: ScriptedFront) -> str:
-    return server[1]
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -112,7 +101,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
 def test_a_bad_completion_names_field_value_and_remedy(
     front: ScriptedFront, url: str, body: dict[str, Any], param: str, message: str, is_stream: bool
 ) -> None:
-    answer = httpx.post(f"{url}/completions", json=body if "stream_options" in body else body | {"stream": is_stream})
+    answer = call("POST", f"{url}/completions", json=body if "stream_options" in body else body | {"stream": is_stream})
     if not message:  # prompts of both forms may be mixed
         assert answer.status_code == 200
         return
@@ -147,7 +136,7 @@ def test_a_bad_completion_names_field_value_and_remedy(
     ],
 )
 def test_a_bad_chat_names_field_value_and_remedy(url: str, body: dict[str, Any], param: str, message: str) -> None:
-    error = error_of(httpx.post(f"{url}/chat/completions", json=body), 400)
+    error = error_of(call("POST", f"{url}/chat/completions", json=body), 400)
     assert error["param"] == param
     assert message in error["message"]
 
@@ -166,29 +155,29 @@ def test_a_bad_chat_names_field_value_and_remedy(url: str, body: dict[str, Any],
     ],
 )
 def test_a_body_that_is_no_request(url: str, raw: bytes, code: str | None, message: str) -> None:
-    error = error_of(httpx.post(f"{url}/completions", content=raw), 400)
+    error = error_of(call("POST", f"{url}/completions", content=raw), 400)
     assert error["code"] == code
     assert message in error["message"]
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_an_unknown_model_is_not_found(url: str, path: str) -> None:
-    error = error_of(httpx.post(f"{url}/{path}", json={"model": "gpt", "prompt": "a", "messages": [USER]}), 404)
+    error = error_of(call("POST", f"{url}/{path}", json={"model": "gpt", "prompt": "a", "messages": [USER]}), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
     assert "'gpt' does not exist: this server has 'tiny'" in error["message"]
-    assert error_of(httpx.get(f"{url}/models/gpt"), 404)["code"] == "model_not_found"
+    assert error_of(call("GET", f"{url}/models/gpt"), 404)["code"] == "model_not_found"
 
 
 def test_unknown_routes_and_methods(url: str) -> None:
-    assert error_of(httpx.get(f"{url}/nothing"), 404)["code"] == "not_found"
-    answer = httpx.get(f"{url}/completions")
+    assert error_of(call("GET", f"{url}/nothing"), 404)["code"] == "not_found"
+    answer = call("GET", f"{url}/completions")
     assert error_of(answer, 405)["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "POST"
 
 
 def test_a_packed_body_is_not_unpacked(url: str) -> None:
     packed = gzip.compress(json.dumps({"prompt": "a"}).encode())
-    error = error_of(httpx.post(f"{url}/completions", content=packed, headers={"content-encoding": "gzip"}), 415)
+    error = error_of(call("POST", f"{url}/completions", content=packed, headers={"content-encoding": "gzip"}), 415)
     assert error["message"] == "content-encoding is 'gzip': send the body as it is"
 
 
@@ -208,12 +197,12 @@ def test_a_body_that_grows_too_large_is_cut_off(front: ScriptedFront, url: str) 
             sent += 65_536
             yield b"a" * 65_536
 
-    error = error_of(httpx.post(f"{url}/completions", content=endless()), 413)
+    error = error_of(call("POST", f"{url}/completions", content=endless()), 413)
     assert error["code"] == "body_too_large"
     assert "100000 bytes" in error["message"]
     assert sent < 10_000 * 65_536
-    assert error_of(httpx.post(f"{url}/completions", content=b"a" * (MAX_BODY + 1)), 413)
-    assert error_of(httpx.post(f"{url}/completions", content=b"a" * MAX_BODY), 400)
+    assert error_of(call("POST", f"{url}/completions", content=b"a" * (MAX_BODY + 1)), 413)
+    assert error_of(call("POST", f"{url}/completions", content=b"a" * MAX_BODY), 400)
     assert not front.seen
 
 
@@ -223,7 +212,7 @@ def test_a_refusal_before_the_first_token_has_its_status(
     front: ScriptedFront, url: str, code: RefusalCode, is_stream: bool
 ) -> None:
     front.fail = RequestRefused(code, "because", 1.2 if code == "busy" else None)
-    answer = httpx.post(f"{url}/completions", json={"prompt": "a", "stream": is_stream, "n": 2})
+    answer = call("POST", f"{url}/completions", json={"prompt": "a", "stream": is_stream, "n": 2})
     statuses = {"invalid": 400, "not_found": 404, "busy": 429, "internal": 500, "unavailable": 503, "deadline": 504}
     error = error_of(answer, statuses[code])
     assert (error["message"], error["code"]) == ("because", code)
@@ -250,7 +239,7 @@ def test_a_failure_within_a_stream_is_its_last_event(
     front: ScriptedFront, url: str, fail: Exception, code: str
 ) -> None:
     front.fail, front.fail_after = fail, 3
-    answer = httpx.post(f"{url}/completions", json={"prompt": "a", "stream": True, "seed": 1})
+    answer = call("POST", f"{url}/completions", json={"prompt": "a", "stream": True, "seed": 1})
     assert answer.status_code == 200
     *chunks, last = [json.loads(part.removeprefix("data: ")) for part in answer.text.split("\n\n")[:-1]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "ans"
@@ -261,12 +250,12 @@ def test_a_failure_within_a_stream_is_its_last_event(
 def test_a_defect_is_answered_without_its_details(front: ScriptedFront, url: str) -> None:
     front.fail = KeyError("secret")
     for is_stream in (False, True):
-        answer = httpx.post(f"{url}/completions", json={"prompt": "a", "stream": is_stream})
+        answer = call("POST", f"{url}/completions", json={"prompt": "a", "stream": is_stream})
         assert error_of(answer, 500)["code"] == "internal"
         assert "secret" not in answer.text
 
 
 def test_one_failing_choice_ends_the_others(front: ScriptedFront, url: str) -> None:
     front.fail, front.fail_after = busy(), 1
-    assert httpx.post(f"{url}/completions", json={"prompt": ["a", "b"], "n": 3}).status_code == 429
+    assert call("POST", f"{url}/completions", json={"prompt": ["a", "b"], "n": 3}).status_code == 429
     assert front.running == 0

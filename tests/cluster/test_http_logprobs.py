@@ -2,18 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-from scripted_front import small_tokenizer
-
 from braid.cluster.http_logprobs import Offsets, TokenNames, chat_logprobs, completion_logprobs
 from braid.cluster.request import TokenLogprob
 from braid.model.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    made: Tokenizer = small_tokenizer(tmp_path_factory.mktemp("model"))
-    return made
 
 
 def byte_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
