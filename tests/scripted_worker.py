@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from waiting import LIMIT_S
+
 from braid.actors.dialing import host_id
 from braid.actors.links import Hello, Link, LinkClosed
 from braid.actors.listener import Listener
@@ -23,7 +25,7 @@ from braid.cluster.request import FrontEndSettings
 from braid.model.tokenizer import Tokenizer
 
 SECRET = b"the secret of a test cluster, 32 b"
-WAIT_S = 10.0
+WAIT_S = 120.0  # ends what waits in vain
 BLOCK_SIZE = 64
 
 Answer = Callable[[Submit], list[TokenItem]]
@@ -50,6 +52,7 @@ class ScriptedWorker:
             "counters": {},
         } | load
         self._fronts: list[Link] = []
+        self._telling = threading.Lock()  # a load that has changed is told after the one before it
         self._is_stopping = False
         self._reactor = Reactor()
         path = str(run_dir / f"{name}.{incarnation}")
@@ -60,12 +63,14 @@ class ScriptedWorker:
 
     def say(self, *items: TokenItem, **load: Any) -> None:
         """One TOKENS message, with a load report that has changed as told."""
-        self._load |= load
-        self._send(Kind.TOKENS, {"load": self._load, "items": [item.wire() for item in items]})
+        with self._telling:
+            self._load |= load
+            self._send(Kind.TOKENS, {"load": self._load, "items": [item.wire() for item in items]})
 
     def tell_load(self, **load: Any) -> None:
-        self._load |= load
-        self._send(Kind.LOAD, {"load": self._load})
+        with self._telling:
+            self._load |= load
+            self._send(Kind.LOAD, {"load": self._load})
 
     def garble(self) -> None:
         for link in self._fronts:
@@ -98,8 +103,9 @@ class ScriptedWorker:
         while not self._is_stopping:
             for event in self._reactor.poll(1.0):
                 if isinstance(event, Opened):
-                    self._fronts.append(event.link)
-                    _send(event.link, Kind.LOAD, {"load": self._load})
+                    with self._telling:
+                        self._fronts.append(event.link)
+                        _send(event.link, Kind.LOAD, {"load": self._load})
                 elif isinstance(event, Closed):
                     self._fronts.remove(event.link)
                 else:
@@ -174,5 +180,5 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(0.002)
 
 
-def run(scenario: Coroutine[Any, Any, None], timeout_s: float = 30.0) -> None:
+def run(scenario: Coroutine[Any, Any, None], timeout_s: float = LIMIT_S) -> None:
     asyncio.run(asyncio.wait_for(scenario, timeout_s))

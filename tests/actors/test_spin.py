@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import select
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ def host(tmp_path: Path) -> Iterator[LinkHost]:
 
 @every_transport
 def test_no_wake_up_is_lost_between_two_processes(host: LinkHost, transport: Transport) -> None:
-    """A lost one would leave both ends asleep: a wait of TIMEOUT_S that ends without the answer."""
+    """A lost one would leave both ends asleep: a wait that takes TIMEOUT_S. One too many is no news, and no harm."""
     link = host.start("echo", transport).link
     rng = random.Random(5)
     for number in range(ROUNDS):
@@ -39,9 +40,10 @@ def test_no_wake_up_is_lost_between_two_processes(host: LinkHost, transport: Tra
             link.send(ECHO, b"%d" % number, bytes(rng.randrange(200)))
         answers = 0
         while answers < burst:
+            began = time.monotonic()
             events = host.reactor.poll(TIMEOUT_S, is_urgent=rng.random() < 0.5)
+            assert time.monotonic() - began < TIMEOUT_S
             answers += sum(isinstance(event, Received) for event in events)
-            assert events or transport == "shm"  # a ring may be woken for what it has seen already
         assert answers == burst
 
 
@@ -61,8 +63,10 @@ def test_a_spin_sees_a_ring_a_socket_and_a_wake_from_a_thread(host: LinkHost) ->
 def test_the_end_of_a_peer_is_seen_by_an_urgent_wait(host: LinkHost) -> None:
     peer = host.start("deaf", "shm")
     peer.kill()
-    events = host.reactor.poll(TIMEOUT_S, is_urgent=True)
-    assert [type(event) for event in events] == [Closed]
+    host.events.clear()
+    while not host.events:  # a wait may end early
+        host.events += host.reactor.poll(TIMEOUT_S, is_urgent=True)
+    assert [type(event) for event in host.events] == [Closed]
 
 
 def test_an_idle_wait_spins_for_a_moment_and_then_sleeps(host: LinkHost) -> None:
