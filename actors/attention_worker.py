@@ -12,19 +12,18 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
 from ..model.deepseek import DeepSeekModel
-from ..model.experts import LocalExperts
 from ..model.families import ops_for
 from ..model.kv_cache import BLOCK_SIZE, BlockAllocator, LatentCache, blocks_for
 from ..model.mtp import MtpModule
 from ..model.ops import Ops
 from ..model.self_test import self_test
 from ..model.weights import load_attention, load_experts
+from .colocated_experts import ColocatedExperts
 from .devices import device_for
 from .dispatch import RemoteExperts
 from .drafter import Drafter
@@ -41,6 +40,7 @@ from .settings import WorkerSettings
 from .staging import StagedExperts
 from .tracing import Tracer, setup_tracer
 from .view import ClusterView, Role, WorkerInfo
+from .worker_load import cache_counters, draft_counters, hop_counters, room_of
 
 if TYPE_CHECKING:
     from .device_experts import DeviceExperts
@@ -52,25 +52,6 @@ GPU_KV_SHARE = 0.8  # of a GPU's, which has little else to hold than a step's ro
 MAX_WAITING = 1024
 MAX_FAILED_STEPS = 3
 LOAD_INTERVAL_S = 1.0
-
-
-class ColocatedExperts(LocalExperts):
-    """Experts in the same process: the same bits, no hops, nothing that can be lost."""
-
-    phase = 0
-    wait_s = 0.0
-    has_waits = False
-    may_redo = False
-    is_whole = True
-
-    def is_settled(self) -> bool:
-        return True
-
-    def take_failed(self) -> dict[int, str]:
-        return {}
-
-    def end_step(self) -> None:
-        pass
 
 
 class AttentionWorker:
@@ -176,19 +157,7 @@ class AttentionWorker:
 
         Serving thread only: it reads live queues.
         """
-        scheduler = self.requests.scheduler
-        load = {
-            "worker": self.settings.name,
-            "role": self.settings.role,
-            "free_blocks": scheduler.allocator.num_free,
-            "cached_blocks": scheduler.allocator.num_idle,
-            "total_blocks": scheduler.allocator.num_total,
-            "block_size": BLOCK_SIZE,
-            "running": len(scheduler.decoding),
-            "sequences": len(scheduler.all()),
-            "waiting": len(scheduler.waiting),
-            "waiting_tokens": scheduler.num_waiting_tokens,
-        }
+        load = room_of(self.settings, self.requests.scheduler)
         if with_counters:
             load |= self._device.report()
             load["counters"] = self._counters()
@@ -196,41 +165,13 @@ class AttentionWorker:
         return load
 
     def _counters(self) -> dict[str, float]:
-        steps = {"forward_s": round(self.engine.forward_s, 6), "host_s": round(self.engine.host_s, 6)}
-        counted = dict(self.requests.counters) | steps
-        return counted | self._cache_counters() | self._draft_counters() | self._hop_counters()
-
-    def _cache_counters(self) -> dict[str, float]:
-        scheduler = self.requests.scheduler
-        return {**scheduler.counters, "evictions": scheduler.allocator.num_evicted}
-
-    def _draft_counters(self) -> dict[str, float]:
-        if self.drafter is None:
-            return {}
-        return {"drafted_tokens": self.drafter.num_drafted, "accepted_tokens": self.drafter.num_accepted}
-
-    def _hop_counters(self) -> dict[str, float]:
-        if self._remote is None:
-            return {}
-        counters, loads = self._remote.counters, self._remote.loads
-        mailed = num_redone = 0
-        if self._mail is not None and self._mail.loads.shape == loads.shape:
-            mailed, num_redone = int(self._mail.loads.sum()), self._mail.num_redone
-            loads = loads + self._mail.loads
         return {
-            "epoch": self._remote.epoch,
-            "hops": counters.hops,
-            "dispatch_rows": counters.rows + mailed,
-            "dispatch_bytes": counters.bytes_out,
-            "combine_bytes": counters.bytes_in,
-            "dispatch_resent": counters.resent + num_redone,
-            "hops_timed": counters.timed,
-            "hop_serialise_s": round(counters.serialise_s, 6),
-            "hop_wire_s": round(counters.wire_s, 6),
-            "hop_queue_s": round(counters.queue_s, 6),
-            "expert_wait_s": round(counters.wait_s, 6),
-            "expert_compute_s": round(counters.compute_s, 6),
-            **_balance(loads),
+            **self.requests.counters,
+            "forward_s": round(self.engine.forward_s, 6),
+            "host_s": round(self.engine.host_s, 6),
+            **cache_counters(self.requests.scheduler),
+            **draft_counters(self.drafter),
+            **hop_counters(self._remote, self._mail),
         }
 
     def _on_gpu(self, remote: RemoteExperts, ops: Ops) -> StagedExperts | DeviceExperts:
@@ -342,12 +283,3 @@ def dial_targets(name: str, role: Role, view: ClusterView) -> list[WorkerInfo]:
 
 def _is_link_of(role: str, event: Event) -> bool:
     return isinstance(event, Opened) and event.link.peer.role == role
-
-
-def _balance(loads: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float]:
-    """Balancedness = mean load / max load, MaxVio = max load / mean load - 1; means over the MoE layers."""
-    seen = loads[loads.sum(1) > 0]
-    if not len(seen):
-        return {}
-    ratio = seen.max(1) / seen.mean(1)
-    return {"expert_balancedness": float((1 / ratio).mean()), "expert_max_vio": float((ratio - 1).mean())}

@@ -61,7 +61,7 @@ class Handovers:
     def ready(self, plan: Plan) -> list[Sequence]:
         """Sends what links have room for; whose rows have all left may go on elsewhere now. `plan`: what has run."""
         self._layer_sender.finish()
-        computed = [sequence for chunk in plan if _is_due(sequence := chunk.sequence)]
+        computed = [chunk.sequence for chunk in plan if not chunk.absorbed and _is_due(chunk.sequence)]
         due, self._accepted = [*computed, *filter(_is_due, self._accepted)], []
         for sequence in due:
             if link := self._link_of(sequence):
