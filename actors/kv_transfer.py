@@ -1,8 +1,9 @@
-"""Hands the latent KV cache of a prompt from a prefill worker to a decode worker, layer by layer, while it is computed.
+"""What both ends of a KV transfer know: a prompt's latent rows go from a prefill worker to a decode worker.
 
 KV_OPEN reserves blocks at the decode worker and is sent when the prompt is queued; KV_ACCEPTED says how many leading
-positions it holds already, from an earlier prompt with the same beginning; KV_LAYER carries one layer's rows of one
-chunk as soon as that layer has run; KV_DONE carries the first token and starts decoding; KV_ABORT frees.
+positions it holds already, from an earlier prompt with the same beginning; KV_LAYER carries one layer's rows of some
+positions, those of a chunk as soon as that layer has run; KV_DONE follows the last of them with the first token, and
+starts decoding; KV_ABORT frees. The prefill worker's end is handovers.py and kv_sender.py, the other kv_receiver.py.
 
 Rows go from the cache's memory straight into the link, block by block, and from the message into the other cache: the
 blocks of a sequence are few and large, so that there is nothing to gather.
