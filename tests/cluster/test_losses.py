@@ -20,9 +20,8 @@ from braid.cluster import braid_v1_pb2 as pb
 pytestmark = pytest.mark.cluster
 
 PROMPT = list(range(40, 120))
-NUM_COMPARED = 200
-# As long as the context allows: a stream must still be under way when a worker is killed, however late we are to do so.
-SAMPLING = pb.Sampling(max_tokens=4000, temperature=0.8, seed=11, ignore_eos=True)
+NUM_TOKENS = 200
+ENDLESS = 4000  # as many as the context holds: still under way when its worker is killed, however late we are to do so
 
 
 @pytest.fixture
@@ -34,8 +33,9 @@ def cluster(tmp_path: Path) -> Iterator[RunningCluster]:
 class Stream:
     """One request under way: made once tokens flow."""
 
-    def __init__(self, cluster: RunningCluster) -> None:
-        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT), sampling=SAMPLING)
+    def __init__(self, cluster: RunningCluster, max_tokens: int = NUM_TOKENS) -> None:
+        sampling = pb.Sampling(max_tokens=max_tokens, temperature=0.8, seed=11, ignore_eos=True)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT), sampling=sampling)
         self._responses = cluster.stub.Generate(request, timeout=LIMIT_S)
         self.tokens: list[int] = []
         self.read_to(5)
@@ -45,10 +45,10 @@ class Stream:
             self.tokens += next(self._responses).token_ids
 
     def finish(self) -> list[int]:
-        """The tokens that are compared; the rest is not awaited."""
-        self.read_to(NUM_COMPARED)
+        """The first tokens, which are those that are compared; an endless stream ends with them."""
+        self.read_to(NUM_TOKENS)
         self._responses.cancel()
-        return self.tokens[:NUM_COMPARED]
+        return self.tokens[:NUM_TOKENS]
 
 
 def first_to_break(streams: Sequence[Stream]) -> tuple[Stream, Any]:
@@ -79,7 +79,7 @@ def test_a_cluster_loses_its_workers_one_by_one(cluster: RunningCluster) -> None
     assert Stream(cluster).finish() == undisturbed
 
     # a decode worker: its own streams end by name, the other worker's go on
-    streams = [Stream(cluster), Stream(cluster)]
+    streams = [Stream(cluster, ENDLESS), Stream(cluster, ENDLESS)]
     kill(workers["decode-1"])
     struck, error = first_to_break(streams)
     assert error.code() == grpc.StatusCode.UNAVAILABLE
