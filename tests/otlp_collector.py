@@ -12,6 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from waiting import LIMIT_S
 
 
 class Collector:
@@ -56,7 +57,7 @@ class Collector:
                     self.spans.extend(scope.spans)
             self._arrived.notify_all()
 
-    def wait(self, until: Callable[[list[Span]], bool], timeout_s: float = 20.0) -> None:
+    def wait(self, until: Callable[[list[Span]], bool], timeout_s: float = LIMIT_S) -> None:
         deadline = time.monotonic() + timeout_s
         with self._arrived:
             while not until(self.spans):

@@ -21,12 +21,14 @@ from braid.actors.messages import Kind, Submit, TokenItem, pack, unpack
 from braid.actors.reactor import Closed, Opened, Reactor
 from braid.actors.view import ClusterView, Role, WorkerInfo
 from braid.cluster.front_end import FrontEnd
-from braid.cluster.request import FrontEndSettings
+from braid.cluster.request import Delta, FrontEndSettings, GenerateRequest
+from braid.model.sampling_params import SamplingParams
 from braid.model.tokenizer import Tokenizer
 
 SECRET = b"the secret of a test cluster, 32 b"
 WAIT_S = 120.0  # ends what waits in vain
 BLOCK_SIZE = 64
+PROMPT = tuple(range(65, 65 + 10))
 
 Answer = Callable[[Submit], list[TokenItem]]
 
@@ -182,3 +184,23 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 def run(scenario: Coroutine[Any, Any, None], timeout_s: float = LIMIT_S) -> None:
     asyncio.run(asyncio.wait_for(scenario, timeout_s))
+
+
+def ask(max_tokens: int = 20, prompt: tuple[int, ...] = PROMPT, **more: Any) -> GenerateRequest:
+    return GenerateRequest(prompt, SamplingParams(max_tokens=max_tokens, seed=7), **more)
+
+
+async def gather(front: FrontEnd, request: GenerateRequest) -> list[Delta]:
+    return [delta async for delta in front.generate(request)]
+
+
+def text_of(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+async def submitted(worker: ScriptedWorker) -> Submit:
+    return await asyncio.to_thread(worker.next_submit)
+
+
+async def cancelled(worker: ScriptedWorker) -> str:
+    return await asyncio.to_thread(worker.next_cancel)

@@ -19,12 +19,15 @@ from generators import make_hf_model, save_hf_model
 from otlp_collector import Collector
 from running_cluster import RunningCluster
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from waiting import LIMIT_S
 
 from braid.cluster import braid_v1_pb2 as pb
 
 pytestmark = pytest.mark.cluster
 
 VOCAB_SIZE = 300
+CONTEXT = 4096
+LONG = 4000  # tokens: seconds of work, so that whoever looks after a busy moment still finds it under way
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -41,7 +44,9 @@ def write_tokenizer(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def oracle() -> Any:
-    return make_hf_model("v3", seed=29, vocab_size=VOCAB_SIZE)[0]
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": CONTEXT / 64, "original_max_position_embeddings": 64}
+    context = {"max_position_embeddings": CONTEXT, "rope_parameters": rope | {"mscale": 1.0, "mscale_all_dim": 1.0}}
+    return make_hf_model("v3", seed=29, vocab_size=VOCAB_SIZE, **context)[0]
 
 
 @pytest.fixture(scope="module")
@@ -143,26 +148,29 @@ def test_32_at_once_over_both_protocols_as_one_by_one(cluster: RunningCluster) -
     ways = [over_grpc, lambda c, p: over_http(c, p, True), lambda c, p: over_http(c, p, False), over_grpc]
     with ThreadPoolExecutor(32) as pool:
         futures = [[pool.submit(way, cluster, prompt) for way in ways] for prompt in prompts]
-        together = [[future.result(120) for future in row] for row in futures]
+        together = [[future.result(LIMIT_S) for future in row] for row in futures]
     assert together == [[tokens] * 4 for tokens in alone]
     cluster.wait_baseline()
 
 
 def test_a_cancelled_call_and_a_closed_connection_free_their_blocks(cluster: RunningCluster) -> None:
-    sampling = pb.Sampling(max_tokens=400, **GREEDY)
-    call = cluster.stub.Generate(pb.GenerateRequest(text="def f(", sampling=sampling), timeout=60)
+    def holds_blocks(status: dict[str, Any]) -> bool:
+        return any(w["name"] == "decode-0" and w["free_blocks"] < w["total_blocks"] for w in status["workers"])
+
+    sampling = pb.Sampling(max_tokens=LONG, **GREEDY)
+    call = cluster.stub.Generate(pb.GenerateRequest(text="def f(", sampling=sampling), timeout=LIMIT_S)
     next(iter(call))
-    assert cluster.worker("decode-0")["free_blocks"] < cluster.worker("decode-0")["total_blocks"]
+    cluster.wait_status(holds_blocks, "the call's blocks")
     call.cancel()
     cluster.wait_baseline()
-    body = {"model": cluster.model, "prompt": "def f(", "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as response:
+    body = {"model": cluster.model, "prompt": "def f(", "max_tokens": LONG, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=LIMIT_S) as response:
         next(response.iter_lines())
     cluster.wait_baseline()
 
 
 def test_a_deadline_is_kept_and_frees_its_blocks(cluster: RunningCluster) -> None:
-    request = pb.GenerateRequest(text="x", sampling=pb.Sampling(max_tokens=450, **GREEDY))
+    request = pb.GenerateRequest(text="x", sampling=pb.Sampling(max_tokens=LONG, **GREEDY))
     with pytest.raises(grpc.RpcError) as caught:
         list(cluster.stub.Generate(request, timeout=0.1))
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -183,21 +191,22 @@ def test_bad_input_is_answered_in_openais_shape(
     cluster: RunningCluster, change: dict[str, Any], status: int, told: str
 ) -> None:
     body = {"model": cluster.model, "prompt": "x", "max_tokens": 4} | change
-    answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=LIMIT_S)
     assert answer.status_code == status
     assert told in answer.json()["error"]["message"]
 
 
 def test_invalid_bytes_are_refused_and_the_cluster_goes_on(cluster: RunningCluster) -> None:
     for content in (b"{not json", b'{"prompt": "\xff\xfe"}'):
-        answer = httpx.post(f"{cluster.url}/v1/completions", content=content, timeout=60)
+        answer = httpx.post(f"{cluster.url}/v1/completions", content=content, timeout=LIMIT_S)
         assert answer.status_code == 400
         assert answer.json()["error"]["type"] == "invalid_request_error"
     assert cluster.generate([1, 2, 3], max_tokens=2, **GREEDY)[0]
 
 
 def test_metrics_tell_what_ran(cluster: RunningCluster) -> None:
-    text = httpx.get(f"{cluster.url}/metrics", timeout=60).text
+    cluster.generate([1, 2, 3], max_tokens=2, **GREEDY)
+    text = httpx.get(f"{cluster.url}/metrics", timeout=LIMIT_S).text
     for name in ("braid_time_to_first_token_seconds", "braid_generation_tokens_total", "braid_expert_map_epoch"):
         assert name in text
     status = cluster.status()
@@ -212,7 +221,7 @@ def test_one_trace_from_the_callers_traceparent_to_the_last_token(
     trace_id, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     headers = {"traceparent": f"00-{trace_id}-{parent}-01"}
     body = {"model": cluster.model, "prompt": "trace me", "max_tokens": 5, "ignore_eos": True}
-    assert httpx.post(f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+    assert httpx.post(f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=LIMIT_S).status_code == 200
 
     def mine(spans: list[Any]) -> dict[str, Any]:
         return {span.name.split()[0]: span for span in spans if span.trace_id.hex() == trace_id}

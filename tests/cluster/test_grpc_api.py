@@ -12,9 +12,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from scripted_worker import ScriptedWorker, front_of, run, until, view_of
+from scripted_worker import ScriptedWorker, front_of, run, submitted, until, view_of
 
-from braid.actors.messages import Submit, TokenItem
+from braid.actors.messages import TokenItem
 from braid.cluster import braid_v1_pb2 as pb
 from braid.cluster.braid_v1_pb2_grpc import BraidStub
 from braid.cluster.front_end import FrontEnd
@@ -47,10 +47,6 @@ async def serving(
 
 def say(text: str) -> pb.GenerateRequest:
     return pb.GenerateRequest(text=text, sampling=pb.Sampling(max_tokens=20))
-
-
-async def submitted(worker: ScriptedWorker) -> Submit:
-    return await asyncio.to_thread(worker.next_submit)
 
 
 async def refusal(call: Any) -> grpc.aio.AioRpcError:
