@@ -10,6 +10,7 @@ import httpx
 import pytest
 from scripted_launcher import settings
 from scripted_worker import SECRET, ScriptedWorker, run, until, view_of, write_tokenizer
+from waiting import LIMIT_S
 
 from braid.actors.view import ClusterView
 from braid.cluster import http_serve
@@ -27,7 +28,11 @@ async def no_metrics() -> bytes:
     return b""
 
 
-def test_a_replica_behind_a_platform_starts_once_it_is_ready(run_dir: Path, tmp_path: Path) -> None:
+def test_a_replica_behind_a_platform_starts_once_it_is_ready(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_serve, "READY_TIMEOUT_S", LIMIT_S)
+
     async def scenario() -> None:
         prefill, decode = ScriptedWorker(run_dir, "prefill-0", "prefill"), ScriptedWorker(run_dir, "decode-0", "decode")
         views = iter((view_of(prefill), view_of(prefill, decode, epoch=2)))

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from rich.console import Console
+from waiting import LIMIT_S
 
 from braid.cluster import braid_v1_pb2 as pb
 from braid.cluster import braid_v1_pb2_grpc as services
@@ -40,7 +41,7 @@ def scripted() -> Iterator[tuple[Scripted, Line]]:
     services.add_BraidServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    yield servicer, Line(f"127.0.0.1:{port}", "key-1", 10.0)
+    yield servicer, Line(f"127.0.0.1:{port}", "key-1", LIMIT_S)
     server.stop(0).wait()
 
 
