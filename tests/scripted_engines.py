@@ -236,7 +236,7 @@ class Front:
         name = f"r{len(self.heard)}"
         self.heard[name] = Heard(num_prompt, params, prefill, decode)
         prompt = [5] * num_prompt
-        until = time.time() + 60 if deadline is None else deadline
+        until = time.time() + 3600 if deadline is None else deadline
         body = Submit(name, prompt, decode, params.to_wire(), {}, until, self.hello.name)
         self._send(prefill, Kind.SUBMIT, body.pack(), name)
         return name
