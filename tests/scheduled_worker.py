@@ -83,13 +83,16 @@ class ScheduledWorker:
                 return
         raise AssertionError(f"no end after {max_steps} steps: {self.scheduler.all()}")
 
-    def receive(self, sequence: Sequence) -> None:
-        """The rows of a remote prompt have come, and its first token with them."""
+    def receive(self, sequence: Sequence, is_whole: bool = True) -> None:
+        """The rows of a remote prompt have come, unless they are damaged, and its first token with them."""
         for position in range(sequence.cached_tokens, sequence.num_prompt):
-            self._put(sequence, position, "prompt", sequence.tokens)
-        sequence.num_computed = sequence.num_prompt
+            self._put(sequence, position, "prompt" if is_whole else "damaged", sequence.tokens)
         self._send(sequence)
-        self.scheduler.start_decode(sequence)
+        if is_whole:
+            sequence.num_computed = sequence.num_prompt
+            self.scheduler.start_decode(sequence)
+        else:
+            self.scheduler.recompute(sequence)
 
     def _write(self, chunk: Chunk) -> None:
         sequence = chunk.sequence

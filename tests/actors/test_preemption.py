@@ -254,6 +254,21 @@ def test_rows_on_their_way_from_another_worker_are_not_taken_away() -> None:
     assert_undisturbed(worker, arriving, growing)
 
 
+def test_a_prompt_that_did_not_come_whole_is_computed_here_and_shares_nothing_of_it() -> None:
+    worker = ScheduledWorker.of(20, max_batch_tokens=400)
+    struck, other = sequence_of("struck", LONG[:150]), sequence_of("other", LONG[:150])
+    assert worker.scheduler.reserve(struck)
+    worker.receive(struck, is_whole=False)
+    assert not worker.scheduler.reserve(other)  # a replay comes before newcomers
+    worker.step()
+    assert worker.scheduler.reserve(other)
+    assert (struck.state, other.cached_tokens) == ("decode", 128)
+    worker.receive(other)
+    worker.run()
+    assert worker.scheduler.counters["preemptions"] == 0
+    assert_undisturbed(worker, struck, other)
+
+
 def test_a_reserved_prompt_says_what_of_it_is_here_and_is_published() -> None:
     worker = ScheduledWorker.of(9)
     first, second, third = (sequence_of(name, LONG[:128]) for name in ("first", "second", "third"))
@@ -337,9 +352,9 @@ class SmallWorker(RuleBasedStateMachine):
         self._want(sequence, self.scheduler.reserve(sequence))
 
     @precondition(lambda self: self.scheduler.receiving)
-    @rule()
-    def receive(self) -> None:
-        self.worker.receive(self.scheduler.receiving[0])
+    @rule(is_whole=st.sampled_from([True, True, False]))
+    def receive(self, is_whole: bool) -> None:
+        self.worker.receive(self.scheduler.receiving[0], is_whole)
 
     @precondition(lambda self: self.scheduler.all())
     @rule(number=st.integers(0, 20))
@@ -375,7 +390,7 @@ class SmallWorker(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         while self.scheduler.receiving:
-            self.receive()
+            self.worker.receive(self.scheduler.receiving[0])
         self.worker.run()
         for name, (prompt, num_tokens) in self.wanted.items():
             assert self.worker.sent[name] == answer_to(prompt, num_tokens)
