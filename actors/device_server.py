@@ -197,11 +197,11 @@ class DeviceServer:
         held.ops.grouped_mlp(x, self._row_of_pair[:num_pairs], places.view(-1), held.w13, held.w2, out=out)
         if not is_alone:
             kernels.deliver(table, out, places)
-        kernels.signal(table)
-        counts = self._server.counts
+        counts = self._server.counts  # before the askers go on: whoever has rows finds them counted
         counts["tokens"] += num_rows
         counts["hops"] += len(jobs)
         counts["batches"] += 1
+        kernels.signal(table)
 
     def _table(self, jobs: list[MailJob], is_absent: bool = False) -> Tensor:
         rows, first = [], 0

@@ -35,7 +35,7 @@ from braid.model.triton_ops import TritonOps
 from braid.router.expert_map import ExpertMap, Owner, assign, build_map
 
 SECRET = b"the secret of one measurement, 32 b"
-START_S = 120.0
+START_S = 400.0  # ends what waits in vain: where kernels are interpreted a start takes a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class Attention:
         self.experts = DeviceExperts(staged, shape, host_id(), ops.device, ops.tensor, polls)
         self.links: dict[str, Link] = {}
         for process in processes:
-            link = dial(process.info, Hello(name, "both", 1, host_id()), SECRET, "unix", 10.0)
+            link = dial(process.info, Hello(name, "both", 1, host_id()), SECRET, "unix", START_S)
             self.links[process.name] = link
             self.reactor.add(link)
 
