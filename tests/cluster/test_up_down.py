@@ -8,6 +8,7 @@ import signal
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ class Home:
         done: subprocess.CompletedProcess[str] = run_braid(*arguments, cwd=self.path, env={"HOME": str(self.path)})
         return done
 
-    def foreground(self, *arguments: str) -> subprocess.Popen[bytes]:
+    @contextmanager
+    def foreground(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         """`told` is where it tells what it does."""
-        command = [str(BRAID), "up", *arguments]
-        with self.told.open("wb") as told:
-            return subprocess.Popen(command, cwd=self.path, env=os.environ | {"HOME": str(self.path)}, stderr=told)
+        command, env = [str(BRAID), "up", *arguments], os.environ | {"HOME": str(self.path)}
+        with self.told.open("wb") as told, subprocess.Popen(command, cwd=self.path, env=env, stderr=told) as front:
+            try:
+                yield front
+            finally:
+                front.terminate()
 
     @property
     def told(self) -> Path:
