@@ -73,6 +73,7 @@ def scatter(payload: memoryview, slots: Ints, rows: Tensor) -> None:
 
 
 def experts_of(payload: memoryview, num_pairs: int) -> Ints:
+    """[pairs]: the logical expert of each."""
     return np.frombuffer(payload, dtype=np.int32, count=2 * num_pairs)[num_pairs:].astype(np.int64)
 
 

@@ -38,14 +38,17 @@ class Window:
         return self.start + (self.values.shape[0] if self.values.dim() else 1)
 
     def copy_to(self, out: Tensor) -> Tensor:
+        """As floats: out has the shape of the rows, and any float dtype."""
         if self.scale is None:
             return out.copy_(self.values)
         return dequantise(self.values, self.scale, out, self.block)
 
     def copy_codes_to(self, out: Tensor) -> Tensor:
+        """As they are stored: out has the shape and the dtype of the rows."""
         return out.copy_(self.values)
 
     def copy_scales_to(self, out: Tensor) -> Tensor:
+        """out: fp32 [row blocks, column blocks]."""
         assert self.scale is not None, "a window of floats has no scales"
         return out.copy_(self.scale)
 
@@ -74,6 +77,7 @@ class Checkpoint:
         return frozenset(self._names_read)
 
     def spec(self, name: str) -> TensorSpec:
+        """Raises CheckpointError where there is no such tensor."""
         if name not in self._specs:
             raise CheckpointError(
                 f"{self.path} has no tensor {name!r} in its {len(self.shards)} safetensors files: "

@@ -64,6 +64,7 @@ class LocalExperts:
         return LocalHandle(memory, rows.view(num_tokens, top_k, -1))
 
     def collect(self, handle: LocalHandle) -> Tensor:
+        """[M, k, H], valid until the next dispatch."""
         self._memory.give_back(handle.memory)
         return handle.rows
 

@@ -24,6 +24,7 @@ class Fetched:
         return self.event is None or self.event.query()  # type: ignore[no-untyped-call]
 
     def wait(self) -> tuple[Tensor, ...]:
+        """The tensors, in the order in which they were asked for."""
         if self.event is not None:
             self.event.synchronize()
         return self.host

@@ -64,6 +64,7 @@ class ShardWriter:
         self._file.write(len(raw).to_bytes(8, "little") + raw)
 
     def write(self, name: str, piece: Tensor) -> None:
+        """The next numbers of a tensor, in its own dtype and order; its pieces may come between those of others."""
         self._file.seek(self._data_start + self._next[name])
         self._file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._next[name] += piece.nbytes

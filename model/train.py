@@ -56,6 +56,7 @@ def make_optimizer(network: TrainNetwork) -> torch.optim.AdamW:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits: [B, T, V], targets: int64 [B, T] -> the mean in nats."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 

@@ -35,7 +35,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """MLA in the MHA form."""
+    """MLA in the MHA form. x: [B, T, H], cos and sin: fp32 [T, d_rope / 2] -> [B, T, H]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -198,6 +198,7 @@ class MtpLayer(DecoderLayer):
         self.shared_head = SharedHead(config, head)
 
     def predict(self, hidden: Tensor, next_ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """hidden: [B, T, H], next_ids: int64 [B, T], the token after each row -> logits [B, T, V]."""
         x = torch.cat((self.enorm(self.embed_tokens(next_ids)), self.hnorm(hidden)), dim=-1)
         x = self.forward(self.eh_proj(x).float(), cos, sin)
         logits: Tensor = self.shared_head.head(self.shared_head.norm(x))
@@ -228,6 +229,7 @@ class TrainNetwork(nn.Module):
         return (module for module in self.modules() if isinstance(module, Gate))
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 [T, d_rope / 2] each."""
         dim = self.config.qk_rope_head_dim
         frequencies = self.config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
         angles = torch.arange(length, dtype=torch.float32).unsqueeze(1) * frequencies

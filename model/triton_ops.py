@@ -50,6 +50,8 @@ class Normed(NamedTuple):
 
 
 class GateWeight(NamedTuple):
+    """Tells `wide_linear` that logits of the gate are wanted, which have a kernel of their own."""
+
     weight: Tensor  # [E, H]
 
 

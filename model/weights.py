@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 
 import torch
@@ -37,29 +36,15 @@ def load_attention(
     wanted = _attention_names(checkpoint, config, roles)
     meter = _Meter(sum(_num_elements(checkpoint, name) for name in wanted), dtype, progress)
 
-    def read_fp8(specs: list[TensorSpec]) -> BlockFp8:
-        out = BlockFp8.empty(sum(spec.shape[0] for spec in specs), specs[0].shape[1], device=ops.device)
-        start = 0
-        for spec in specs:
-            checkpoint.read_fp8_into(spec.name, out.rows(start, start + spec.shape[0]))
-            start += spec.shape[0]
-            meter.add(math.prod(spec.shape))
-        return out
-
     def read(*names: str) -> Weight:
         specs = [checkpoint.spec(name) for name in names]
-        if _stays_fp8(specs, ops):
-            return read_fp8(specs)
-        # The one tensor that stays fp32: it decides which expert wins, by differences smaller than a bfloat16 step.
-        wide = names[0].endswith("e_score_correction_bias")
-        shape = (sum(spec.shape[0] for spec in specs), *specs[0].row_shape)
-        out = torch.empty(shape, dtype=torch.float32 if wide else dtype, device=ops.device)
-        start = 0
+        whole, start = _empty(specs, dtype, ops), 0
         for spec in specs:
-            part = checkpoint.read_into(spec.name, out[start : start + spec.shape[0]])
-            start += spec.shape[0]
-            meter.add(part.numel())
-        return out
+            end = start + spec.shape[0]
+            part = whole.rows(start, end) if isinstance(whole, BlockFp8) else whole[start:end]
+            _read_into(checkpoint, spec.name, part, meter)
+            start = end
+        return whole
 
     return build_attention_weights(config, read, wanted.__contains__, ops)
 
@@ -88,13 +73,28 @@ def load_experts(
     parts.sort(key=lambda part: (checkpoint.spec(part[0]).path, checkpoint.spec(part[0]).begin))
     meter = _Meter(sum(_num_elements(checkpoint, name) for name, _ in parts), dtype, progress)
     for name, out in parts:
-        if isinstance(out, BlockFp8):
-            checkpoint.read_fp8_into(name, out)
-        else:
-            checkpoint.read_into(name, out)
-        meter.add(_num_elements(checkpoint, name))
+        _read_into(checkpoint, name, out, meter)
     parts.clear()  # views; without them each stack goes as soon as it is packed
     return {layer: _packed(*stacks.pop(layer), ids, ops) for layer in list(stacks)}
+
+
+def _empty(specs: list[TensorSpec], dtype: torch.dtype, ops: Ops) -> Weight:
+    """Room for these tensors, one below the other: as they are stored where all are fp8 and the family keeps that."""
+    num_rows = sum(spec.shape[0] for spec in specs)
+    if _stays_fp8(specs, ops):
+        return BlockFp8.empty(num_rows, specs[0].shape[1], device=ops.device)
+    # The one tensor that stays fp32: it decides which expert wins, by differences smaller than a bfloat16 step.
+    wide = specs[0].name.endswith("e_score_correction_bias")
+    shape = num_rows, *specs[0].row_shape
+    return torch.empty(shape, dtype=torch.float32 if wide else dtype, device=ops.device)
+
+
+def _read_into(checkpoint: Checkpoint, name: str, out: Weight, meter: _Meter) -> None:
+    if isinstance(out, BlockFp8):
+        checkpoint.read_fp8_into(name, out)
+    else:
+        checkpoint.read_into(name, out)
+    meter.add(_num_elements(checkpoint, name))
 
 
 def _stays_fp8(specs: list[TensorSpec], ops: Ops) -> bool:
