@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +26,7 @@ from braid.model.sampling_params import SamplingParams
 from braid.router.expert_map import ExpertMap, Owner, assign, build_map
 
 SECRET = b"the secret of a test cluster, 32 b"
-CALL_TIMEOUT_S = 120.0
+LIMIT_S = 400.0  # no promise of anything: it ends what waits in vain
 
 
 def _answer_calls(conn: Connection, settings: WorkerSettings) -> None:
@@ -59,7 +60,7 @@ class WorkerProcess:
         self._conn.send((method, args))
 
     def result(self) -> Any:
-        assert self._conn.poll(CALL_TIMEOUT_S), f"{self.settings.name} did not answer"
+        assert self._conn.poll(LIMIT_S), f"{self.settings.name} did not answer"
         succeeded, value = self._conn.recv()
         if not succeeded:
             raise value
@@ -69,15 +70,26 @@ class WorkerProcess:
         self.start_call(method, *args)
         return self.result()
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is sent to it meanwhile, it finds all at once."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)  # stopped, not only told to stop
+        try:
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join(CALL_TIMEOUT_S)
+        self.process.join(LIMIT_S)
 
     def close(self) -> None:
         if self.process.is_alive():
             self.call("stop")
-        self.process.join(CALL_TIMEOUT_S)
+        self.process.join(LIMIT_S)
         assert self.process.exitcode is not None, f"{self.settings.name} did not end"
 
 
@@ -116,11 +128,17 @@ class WireFront:
         self.first_loads: dict[str, dict[str, Any]] = {}
 
     def connect(self, worker: WorkerInfo) -> None:
-        self.links[worker.name] = dial(worker, self.hello, SECRET, "unix", 10.0)
+        self.links[worker.name] = dial(worker, self.hello, SECRET, "unix", LIMIT_S)
         self.reactor.add(self.links[worker.name])
 
     def submit(
-        self, name: str, prompt: list[int], params: SamplingParams, decode: str, prefill: str, timeout_s: float = 60.0
+        self,
+        name: str,
+        prompt: list[int],
+        params: SamplingParams,
+        decode: str,
+        prefill: str,
+        timeout_s: float = LIMIT_S,
     ) -> None:
         self.answers[name] = Answer()
         body = Submit(name, prompt, decode, params.to_wire(), {}, time.time() + timeout_s, self.hello.name)
@@ -131,7 +149,7 @@ class WireFront:
             if not link.closed:
                 link.send(Kind.CANCEL, pack({"id": name}))
 
-    def wait(self, until: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    def wait(self, until: Callable[[], bool], what: str, timeout_s: float = LIMIT_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not until():
             assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}: {self.answers}"
@@ -227,14 +245,20 @@ class ProcessCluster:
         self.front.wait(lambda: len(self.front.loads) == len(self.front.links), "the first load reports")
 
     def submit(self, name: str, prompt: list[int], params: SamplingParams, **where: Any) -> None:
-        prefill = where.pop("prefill", "prefill-0" if "prefill-0" in self.workers else "decode-0")
+        prefill = where.pop("prefill", self._first)
         self.front.submit(name, prompt, params, where.pop("decode", "decode-0"), prefill, **where)
+
+    @property
+    def _first(self) -> str:
+        """Where prompts go if nothing else is said."""
+        return "prefill-0" if "prefill-0" in self.workers else "decode-0"
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Answer]:
         """All at once; returns the answers in order."""
         names = [f"r{len(self.front.answers) + i}" for i in range(len(prompts))]
-        for name, prompt in zip(names, prompts, strict=True):
-            self.submit(name, prompt, params)
+        with self.workers[self._first].stopped():
+            for name, prompt in zip(names, prompts, strict=True):
+                self.submit(name, prompt, params)
         self.front.finish(*names)
         return [self.front.answers[name] for name in names]
 
