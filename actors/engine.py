@@ -206,8 +206,9 @@ class Engine:
         return max(len(tokens) - 1, 0)
 
     def _token(self, sequence: Sequence, ahead: int, sampler: RowSampler, row: int) -> SampledToken:
-        banned = sequence.banned_ids(ahead, self.config.eos_token_ids)
-        return sampler.token(row, sequence.params, len(sequence.tokens) + ahead, banned)
+        params = sequence.params
+        banned = sequence.banned_ids(ahead, self.config.eos_token_ids) if params.min_tokens else ()
+        return sampler.token(row, params, len(sequence.tokens) + ahead, banned)
 
     def _asks(self, plan: Plan) -> Iterator[Ask]:
         """What `_sample` may ask for: of each sequence the last known row's token, and those after its drafts."""
