@@ -163,7 +163,9 @@ def hops(experts: RemoteExperts, shape: Shape, num_tokens: int, rounds: int, thi
             "serialise": sent - started,
             "combine": ended - collected,
         } | parts
-        if spent["timed"] == spent["hops"]:
+        if (
+            spent["timed"] == spent["hops"] and spent["wire_s"] > 0
+        ):  # else we were stopped before we noted when it was sent
             yield Hop(
                 **{k: v * 1e6 for k, v in times.items()}, bytes_out=spent["bytes_out"], bytes_in=spent["bytes_in"]
             )
