@@ -174,6 +174,18 @@ def route(
     weights: int,
     /,
 ) -> None: ...
+def draw(
+    logits: int,
+    vocab: int,
+    best: int,
+    temperature: float,
+    least_score: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    position: int,
+    /,
+) -> int: ...
 def start_tape() -> None: ...
 def end_tape() -> object: ...
 def play(tape: object, /) -> None: ...

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..kernels import native, native_sample
 from .noise import gumbel_of, random_bits
 from .sampling_params import SamplingParams
 
@@ -22,6 +23,7 @@ Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float64]
 SLACK = 1e-6  # far above a rounding error of scores and noise
+HAS_NATIVE = native.available(torch.float32)
 
 
 class NothingToSample(FloatingPointError):
@@ -97,7 +99,22 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, top: int) -> list[SampledTo
 
 
 def _sample_row(logits: Logits, best: int, params: SamplingParams, position: int) -> int:
-    """Gumbel-max in float64: argmax(score + noise) has the softmax distribution of the scores that are left."""
+    """By the native module where there is one, which draws the same token or leaves it to the definition."""
+    if HAS_NATIVE:
+        least_score = float(np.log(params.min_p)) if params.min_p > 0 else -math.inf
+        token_id = native_sample.draw(
+            logits, best, params.temperature, least_score, params.top_k, params.top_p, params.seed, position
+        )
+        if token_id is not None:
+            return token_id
+    return draw(logits, best, params, position)
+
+
+def draw(logits: Logits, best: int, params: SamplingParams, position: int) -> int:
+    """The definition: Gumbel-max in float64, as argmax(score + noise) has the softmax distribution of the scores left.
+
+    logits: [vocab], finite or -inf, `best` the first of the largest; temperature above 0.
+    """
     raw = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # under a tiny temperature all but the best go to -inf, the right limit
         scores = (raw - raw[best]) / params.temperature

@@ -35,18 +35,6 @@ struct Gate {
     float* weights;   // [rows, top_k]
 };
 
-inline __m512d exp(__m512d x) {  // to 1e-16 or so
-    const __m512d bounded = _mm512_max_pd(_mm512_set1_pd(-700.0), _mm512_min_pd(_mm512_set1_pd(700.0), x));
-    const __m512d power = _mm512_roundscale_pd(_mm512_mul_pd(bounded, _mm512_set1_pd(1.4426950408889634)), 8);
-    __m512d rest = _mm512_fnmadd_pd(power, _mm512_set1_pd(6.93145751953125e-1), bounded);
-    rest = _mm512_fnmadd_pd(power, _mm512_set1_pd(1.42860682030941723212e-6), rest);
-    __m512d sum = _mm512_set1_pd(1.0 / 479001600);
-    for (double factor : {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
-                          1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
-        sum = _mm512_fmadd_pd(sum, rest, _mm512_set1_pd(factor));
-    return _mm512_scalef_pd(sum, power);
-}
-
 inline __m512 exact_exp(__m512 x) {
     const __m256 low = _mm512_castps512_ps256(x), high = _mm512_extractf32x8_ps(x, 1);
     const __m256 exp_low = _mm512_cvtpd_ps(exp(_mm512_cvtps_pd(low)));

@@ -9,6 +9,7 @@ extern const PyMethodDef gate_methods[];
 extern const PyMethodDef linear_methods[];
 extern const PyMethodDef pool_methods[];
 extern const PyMethodDef rows_methods[];
+extern const PyMethodDef sample_methods[];
 extern const PyMethodDef tape_methods[];
 
 namespace {
@@ -28,7 +29,7 @@ const PyMethodDef feature_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-const PyMethodDef* const PLAIN[] = {feature_methods, pool_methods, tape_methods};
+const PyMethodDef* const PLAIN[] = {feature_methods, pool_methods, sample_methods, tape_methods};
 const PyMethodDef* const KERNELS[] = {attention_decode_methods, attention_prefill_methods, expert_methods,
                                       gate_methods,             linear_methods,            rows_methods};
 

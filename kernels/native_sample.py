@@ -1,0 +1,37 @@
+"""Draws a token from a row of logits by the native module; defined in model/sampler.py, its noise in model/noise.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .native import IS_BUILT
+
+if IS_BUILT or TYPE_CHECKING:
+    from . import _native
+
+
+def draw(
+    logits: npt.NDArray[np.float32],
+    best: int,
+    temperature: float,
+    least_score: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    position: int,
+) -> int | None:
+    """The token that the definition draws, or None where roundings could decide: then the definition must be asked.
+
+    logits: fp32 [vocab], finite or -inf, `best` the first of the largest; temperature above 0; least_score: the log of
+    min_p, -inf without; top_k: 0 without; seed: within 64 bits.
+    """
+    (vocab,) = logits.shape
+    assert (logits.dtype, logits.strides) == (np.float32, (4,)), f"logits {logits.dtype}, strides {logits.strides}"
+    assert 0 <= best < vocab, f"token {best} of {vocab}"
+    token = _native.draw(
+        logits.ctypes.data, vocab, best, temperature, least_score, min(top_k, vocab), top_p, seed, position
+    )
+    return None if token < 0 else token
