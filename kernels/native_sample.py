@@ -29,7 +29,8 @@ def draw(
     min_p, -inf without; top_k: 0 without; seed: within 64 bits.
     """
     (vocab,) = logits.shape
-    assert (logits.dtype, logits.strides) == (np.float32, (4,)), f"logits {logits.dtype}, strides {logits.strides}"
+    assert logits.dtype == np.float32, f"logits {logits.dtype}"
+    assert logits.flags.c_contiguous, f"logits with strides {logits.strides}"
     assert 0 <= best < vocab, f"token {best} of {vocab}"
     token = _native.draw(
         logits.ctypes.data, vocab, best, temperature, least_score, min(top_k, vocab), top_p, seed, position
