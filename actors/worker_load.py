@@ -27,6 +27,7 @@ def room_of(settings: WorkerSettings, scheduler: Scheduler) -> dict[str, Any]:
         "block_size": BLOCK_SIZE,
         "running": len(scheduler.decoding),
         "sequences": len(scheduler.all()),
+        "max_sequences": scheduler.max_sequences,
         "waiting": len(scheduler.waiting),
         "waiting_tokens": scheduler.num_waiting_tokens,
     }

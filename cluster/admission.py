@@ -8,6 +8,7 @@ no more: until then `free_blocks` of the reports tells of the growth.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,11 @@ class Ticket:
     is_back: bool = False
 
     @property
+    def num_positions(self) -> int:
+        """Those that its decode worker may come to hold."""
+        return self.num_prompt + max(self.max_tokens - 1, 0)
+
+    @property
     def needs_decode(self) -> bool:
         return self.max_tokens > 1  # the first token is the prefill worker's
 
@@ -63,12 +69,16 @@ class Ticket:
 
 @dataclass(slots=True)
 class LinkedWorker:
-    """`unprefilled_tokens` of prompts are on their way from us, `uncached_tokens` of which it must probably compute."""
+    """`unprefilled_tokens` of prompts are on their way from us, `uncached_tokens` of which it must probably compute.
+
+    `placed` counts the sequences that decode there, or will, and are ours: by priority.
+    """
 
     name: str
     role: Role
     load: dict[str, Any] | None = None
     ledger: DecodeLedger = field(default_factory=DecodeLedger)
+    placed: Counter[int] = field(default_factory=Counter)
     unprefilled_tokens: int = 0
     uncached_tokens: int = 0
     paused_until: float = 0.0
@@ -81,6 +91,17 @@ class LinkedWorker:
 
     def holds(self, num_positions: int) -> bool:
         return self.load is not None and num_positions <= self.load["total_blocks"] * self.load["block_size"]
+
+    def has_place(self, priority: int) -> bool:
+        """Whether it would take one more in now, whatever its blocks: else it says "busy" as often as it is asked.
+
+        Those of worse priority give up their places. Where it computes the prompt too, there is a queue to wait in.
+        """
+        if self.load is None or self.role == "both":
+            return self.load is not None
+        others = max(self.load["sequences"] - self.placed.total(), 0)  # of other front ends
+        ours = sum(count for other, count in self.placed.items() if other <= priority)
+        return bool(others + ours < self.load["max_sequences"])
 
 
 class Admission:
@@ -131,7 +152,7 @@ class Admission:
 
     def why_never(self, ticket: Ticket) -> str | None:
         """Says why no linked worker could ever hold this request."""
-        needs = [("prefill", ticket.num_prompt), ("decode", ticket.num_prompt + ticket.max_tokens - 1)]
+        needs = [("prefill", ticket.num_prompt), ("decode", ticket.num_positions)]
         for role, positions in needs if ticket.needs_decode else needs[:1]:
             workers = self.of_role("both", "prefill" if role == "prefill" else "decode")
             if not any(worker.holds(positions) for worker in workers):
@@ -201,6 +222,7 @@ class Admission:
             self._count_prompt(placement.prefill, -ticket.num_prompt, -ticket.num_uncached)
         if placement.decode in self.workers:
             self.workers[placement.decode].ledger.release(ticket.num_blocks, ticket.is_seen)
+            self.workers[placement.decode].placed[ticket.priority] -= 1
         ticket.num_blocks, ticket.num_uncached, ticket.is_prefilled, ticket.is_seen = 0, 0, False, False
 
     def _place(self, ticket: Ticket, now: float) -> bool:
@@ -223,7 +245,10 @@ class Admission:
         decode = [
             DecodeCandidate(name, worker.ledger.free_blocks, awake[name]["running"], hits[name])
             for name, worker in self.workers.items()
-            if name in awake and worker.role in ("decode", "both")
+            if name in awake
+            and worker.role in ("decode", "both")
+            and worker.holds(ticket.num_positions)
+            and worker.has_place(ticket.priority)
         ]
         ticket.placement = place(prefill, decode, ticket.num_prompt, num_blocks)
         if ticket.placement is not None:
@@ -234,6 +259,7 @@ class Admission:
         ticket.num_blocks, ticket.num_uncached = num_blocks, num_uncached
         self._count_prompt(chosen.prefill, ticket.num_prompt, num_uncached)
         self.workers[chosen.decode].ledger.reserve(num_blocks)
+        self.workers[chosen.decode].placed[ticket.priority] += 1
         for name in {chosen.prefill, chosen.decode}:
             self.prefixes.note(name, ticket.keys or (), self.workers[name].ledger.total_blocks)
 

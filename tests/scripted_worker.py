@@ -48,6 +48,8 @@ class ScriptedWorker:
             "cached_blocks": 0,
             "total_blocks": 64,
             "block_size": BLOCK_SIZE,
+            "sequences": 0,
+            "max_sequences": 64,
             "running": 0,
             "waiting": 0,
             "waiting_tokens": 0,

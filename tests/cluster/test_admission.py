@@ -12,7 +12,8 @@ from braid.router.placement import Placement
 
 def load_of(worker: str, free_blocks: int, total_blocks: int = 8, **more: Any) -> dict[str, Any]:
     load = {"worker": worker, "free_blocks": free_blocks, "total_blocks": total_blocks, "block_size": 64}
-    return load | {"running": 0, "waiting": 0, "waiting_tokens": 0, "counters": {}} | more
+    load |= {"sequences": 0, "max_sequences": 64, "running": 0, "waiting": 0, "waiting_tokens": 0, "counters": {}}
+    return load | more
 
 
 def admission_of(max_waiting: int = 10, **workers: Role) -> Admission:
@@ -27,7 +28,7 @@ def check_idle(admission: Admission) -> None:
     assert admission.waiting == []
     for worker in admission.workers.values():
         assert (worker.ledger.reserved, worker.ledger.unseen) == (0, 0)
-        assert (worker.unprefilled_tokens, worker.uncached_tokens) == (0, 0)
+        assert (worker.unprefilled_tokens, worker.uncached_tokens, worker.placed.total()) == (0, 0, 0)
 
 
 def test_first_come_first_served_even_when_a_later_one_would_fit() -> None:
@@ -186,6 +187,48 @@ def test_a_prompt_only_goes_where_it_fits() -> None:
     admission.join(ticket, 0.0)
     admission.place_waiting(0.0)
     assert ticket.placement == Placement("large", "d")
+
+
+def test_an_answer_only_goes_where_all_of_it_fits() -> None:
+    """The small worker has more room now, and would refuse it for ever."""
+    admission = admission_of(p="prefill", small="decode", large="decode")
+    admission.report(load_of("small", 4, total_blocks=4))
+    admission.report(load_of("large", 3))
+    ticket = Ticket(1, 65, 4 * 64)
+    admission.join(ticket, 0.0)
+    assert ticket.placement == Placement("p", "large")
+
+
+def test_nobody_is_sent_to_a_decode_worker_whose_places_are_taken() -> None:
+    admission = admission_of(p="prefill", d="decode")
+    admission.report(load_of("d", 8, max_sequences=3))
+    tickets = [Ticket(place, 10, 10) for place in range(5)]
+    for ticket in tickets:
+        assert admission.join(ticket, 0.0)
+    assert admission.waiting == tickets[3:]
+    admission.release(tickets[0])
+    admission.report(load_of("d", 6, max_sequences=3, sequences=2))  # ours: they are not counted twice
+    assert admission.place_waiting(0.0) == [tickets[3]]
+    admission.release(tickets[1])
+    admission.report(load_of("d", 5, max_sequences=3, sequences=3))  # another front end was faster
+    assert admission.place_waiting(0.0) == []
+    admission.report(load_of("d", 6, max_sequences=3, sequences=2))
+    assert admission.place_waiting(0.0) == [tickets[4]]
+    for ticket in tickets[2:]:
+        admission.release(ticket)
+    check_idle(admission)
+
+
+def test_a_better_priority_is_sent_where_it_takes_the_place_of_a_worse_one() -> None:
+    admission = admission_of(p="prefill", d="decode")
+    admission.report(load_of("d", 8, max_sequences=2))
+    for place in range(2):
+        admission.join(Ticket(place, 10, 10, priority=place), 0.0)
+    urgent, equal = Ticket(2, 10, 10, priority=0), Ticket(3, 10, 10, priority=0)
+    admission.join(urgent, 0.0)
+    assert urgent.placement == Placement("p", "d")
+    admission.join(equal, 0.0)
+    assert equal.placement is None, "whoever was worse has given way already"
 
 
 def test_any_story_ends_with_nothing_reserved() -> None:

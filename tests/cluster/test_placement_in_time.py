@@ -18,7 +18,8 @@ BLOCK = 64
 
 def load_of(worker: str, num_blocks: int, waiting_tokens: int = 0) -> dict[str, Any]:
     load = {"worker": worker, "free_blocks": num_blocks, "total_blocks": num_blocks, "block_size": BLOCK}
-    return load | {"running": 0, "waiting": 0, "waiting_tokens": waiting_tokens, "counters": {}}
+    load |= {"sequences": 0, "max_sequences": 1000, "running": 0, "waiting": 0, "counters": {}}
+    return load | {"waiting_tokens": waiting_tokens}
 
 
 @dataclass
