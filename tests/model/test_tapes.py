@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import FAMILIES, SmallModel, shuffled_table, small_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from braid.model.deepseek import Batch, DeepSeekModel, Segment
 from braid.model.experts import LocalExperts
@@ -109,6 +110,33 @@ def test_steps_noted_by_a_second_run_keep_their_bits(family: str, is_local: bool
     for num, start in STEPS * 2:
         got = step(network, small, num, start)
         assert torch.equal(got, step(fresh, plain, num, start)), (num, start)
+
+
+class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every call of torch's while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family == "native"])
+def test_a_steady_step_takes_memory_for_what_it_returns_only(family: str) -> None:
+    small = small_model("v3", torch.float32, FAMILIES[family])
+    network = small.network()
+    for latents in network.cache.layers:
+        latents.zero_()
+    for start in range(60, 68):
+        segments = [Segment(start, 1, [2 * i, 2 * i + 1], True) for i in range(3)]
+        batch = Batch(small.token_ids(3), segments, torch.arange(3))
+        with TorchCalls() as calls:
+            network.forward(batch)
+        if start not in (60, 64):  # the first step, and the first one with tables of two blocks
+            assert calls.names == ["empty", "new_empty"]  # hidden and logits: they may be read when the next step runs
 
 
 def test_layers_are_announced_when_a_step_is_played_too() -> None:
