@@ -174,7 +174,7 @@ class DeviceExperts:
     def phase(self, phase: int) -> None:
         """0 decode, 1 prefill. A pass begins."""
         self._phase = self._staged.phase = phase
-        if self._peers is not None:
+        if self._peers is not None and self._peers.way == "mail":  # else nobody would tell them that the pass is over
             self._peers.tables.phase.fill_(phase)
             self._peers.wake()
 

@@ -31,15 +31,29 @@ WHY = {mail.SILENT: "it did not answer in time", mail.GONE: "it died", mail.REFU
 
 @dataclass(slots=True, eq=False)
 class MailPeer:
-    """Our half of the memory is there from the offer on, the box when it has been accepted."""
+    """Our half of the memory is `offered` until the offer has been taken, and the box's from then on."""
 
     link: Link
-    replies: Pages
+    offered: Pages | None
     box: Box | None = None
 
     @property
     def has_mail(self) -> bool:
         return self.box is not None and self.link.closed is None
+
+    def accept(self, meta: bytes, shape: BoxShape, device: torch.device) -> None:
+        """The other half. Raises what `accepted` does, and ValueError where nothing is offered any more."""
+        if self.offered is None:
+            raise ValueError("no memory is offered to it")
+        self.box = accepted(meta, shape, self.offered, device)
+        self.offered = None
+
+    def withdraw(self) -> None:
+        """What was offered and not taken: nothing has been asked of the other end, so nobody will write there."""
+        if self.offered is not None:
+            self.offered.close()
+            self.offered.disown()
+            self.offered = None
 
 
 class MailPeers:
@@ -77,13 +91,12 @@ class MailPeers:
             self._fill()
         elif isinstance(event, Received) and event.message.kind == Kind.MAIL_ACCEPTED and peer.box is None:
             try:
-                peer.box = accepted(event.message.meta, self.shape, peer.replies, self._device)
+                peer.accept(event.message.meta, self.shape, self._device)
             except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
                 log.warning("the memory of %s cannot be opened: %s", peer.link.peer.name, error)
             self._fill(is_new=True)
         elif isinstance(event, Received) and event.message.kind == Kind.MAIL_REFUSED and peer.box is None:
-            peer.replies.close()
-            peer.replies.disown()
+            peer.withdraw()
             log.info("%s shares no memory: %s", peer.link.peer.name, event.message.meta.decode(errors="replace"))
 
     def bury(self, link: Link) -> None:
@@ -91,7 +104,7 @@ class MailPeers:
         with self._lock:
             for index, peer in enumerate(self._owners):
                 if peer is not None and peer.link is link:
-                    self.tables.gone[index] = 1
+                    self.tables.mark_gone(index)
 
     def wake(self) -> None:
         """A pass begins: no device can wake a process that sleeps."""
@@ -144,11 +157,13 @@ class MailPeers:
         peer = self._peers.get(link)
         if peer is None and link.peer.host_id == self._host_id and link.closed is None:
             self._remains.free()
-            peer = MailPeer(link, make_pages(self.shape.reply_bytes, self._device))
+            peer = MailPeer(link, None)
             try:
-                link.send(Kind.MAIL_OFFER, offer(self.shape, peer.replies))
-            except (LinkClosed, LinkFull) as error:
-                log.info("no mailbox with %s: %s", link.peer.name, error)
+                peer.offered = make_pages(self.shape.reply_bytes, self._device)
+                link.send(Kind.MAIL_OFFER, offer(self.shape, peer.offered))
+            except (LinkClosed, LinkFull, OSError, RuntimeError) as error:  # memory is short, or cannot be shared here
+                log.warning("no mailbox with %s: %s", link.peer.name, error)
+                peer.withdraw()
                 return None
             self._peers[link] = peer
         return peer
@@ -158,9 +173,8 @@ class MailPeers:
         if peer in self._owners:
             with self._lock:
                 self._owners[self._owners.index(peer)] = None
-        if peer.box is None:
-            peer.replies.close()
-        else:
+        peer.withdraw()
+        if peer.box is not None:
             self._retired.append(peer.box)  # kernels of a pass under way may still use it
 
     def _fill(self, is_new: bool = False) -> None:
@@ -184,4 +198,4 @@ class MailPeers:
             self.tables.gone.zero_()
             for index, peer in enumerate(self._owners[: mail.MAX_PEERS]):
                 if peer is not None and peer.link.closed is not None:
-                    self.tables.gone[index] = 1
+                    self.tables.mark_gone(index)

@@ -46,6 +46,10 @@ class MailTables:
             told=on_host[1],
         )
 
+    def mark_gone(self, index: int) -> None:
+        """Any thread: so not by torch, which lets tensors that were made in inference mode be written there only."""
+        self.gone.numpy()[index] = 1
+
     def fill_peers(self, addresses: Sequence[Sequence[int] | None]) -> None:
         """Of each peer that there is. In the order of the stream, as `fill_owners`; what failed is forgotten."""
         table = np.zeros((mail.NUM_ADDRESSES, mail.MAX_PEERS), dtype=np.int64)

@@ -144,8 +144,12 @@ class DevicePages:
 
     @classmethod
     def open(cls, words: Any, num_bytes: int, device: torch.device) -> DevicePages:
-        """The handle is opened on our own device, whichever the maker's is: to name that one it need not be visible."""
-        storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *words[1:])
+        """The handle is opened on our own device, whichever the maker's is: to name that one it need not be visible.
+
+        Torch's event, which tells that the memory is written, is left alone: `make` has waited for that, and CUDA does
+        not say that an event of a device which is not visible can be opened.
+        """
+        storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *words[1:7], False)
         if storage.nbytes() < num_bytes:
             raise ValueError(f"{storage.nbytes()} bytes of device memory were offered, {num_bytes} are needed")
         return cls(torch.empty(0, dtype=torch.uint8, device=device).set_(storage))
@@ -241,8 +245,10 @@ def accept(meta: bytes, device: torch.device) -> tuple[Box, bytes]:
         opened.callback(replies.close)
         inbox = make_pages(shape.inbox_bytes, device)
         opened.callback(inbox.close)
-        box = Box(shape, inbox, HostPages.make(PAGE_BYTES, device), replies, process)
-        answer = pack({"inbox": inbox.tell(), "bells": box.bells.tell()})
+        bells = HostPages.make(PAGE_BYTES, device)
+        opened.callback(bells.close)
+        box = Box(shape, inbox, bells, replies, process)
+        answer = pack({"inbox": inbox.tell(), "bells": bells.tell()})
         opened.pop_all()
     return box, answer
 

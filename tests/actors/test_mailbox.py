@@ -8,7 +8,7 @@ import pytest
 import torch
 from leftovers import open_fds
 
-from braid.actors.mailbox import PAGE_BYTES, Box, BoxShape, HostPages, accept, accepted, make_pages, offer
+from braid.actors.mailbox import PAGE_BYTES, Box, BoxShape, DevicePages, HostPages, accept, accepted, make_pages, offer
 from braid.actors.messages import pack, unpack
 
 CPU = torch.device("cpu")
@@ -69,6 +69,21 @@ def test_memory_that_is_not_what_was_offered_is_not_used(change: str) -> None:
         HostPages.open(words, 2 * PAGE_BYTES if change == "size" else PAGE_BYTES, CPU)
     assert not open_fds() - before
     pages.close()
+
+
+def test_a_handle_is_opened_on_our_device_and_without_the_event_of_its_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+
+    def open_handle(*words: object) -> torch.UntypedStorage:
+        opened.extend(words)
+        return torch.zeros(4096, dtype=torch.uint8).untyped_storage()
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared_cuda", open_handle)
+    told = [5, b"handle", 4096, 512, b"counter", 7, b"event", True]
+    assert DevicePages.open(told, 4096, CPU).bytes.shape == (4096,)
+    assert opened == [0, b"handle", 4096, 512, b"counter", 7, b"event", False]
+    with pytest.raises(ValueError, match="4096 bytes of device memory were offered, 4097 are needed"):
+        DevicePages.open(told, 4097, CPU)
 
 
 def test_an_offer_that_cannot_be_taken_costs_nothing() -> None:

@@ -15,7 +15,7 @@ import triton_interpreter
 from torch import Tensor
 
 from braid.actors import dispatch
-from braid.actors.mailbox import ASLEEP, BoxShape
+from braid.actors.mailbox import ASLEEP, BUSY, BoxShape
 from braid.actors.ways import MAX_MAIL_PEERS
 from braid.benchmarks.gpu.mail_processes import START_S, Attention, ExpertProcess, Experts
 from braid.kernels.gpu.mail import MAX_PEERS
@@ -30,6 +30,13 @@ FOREVER = 1 << 40
 
 def start(folder: str) -> list[ExpertProcess]:
     return [ExpertProcess(name, EXPERTS, Path(folder), "cpu", triton_interpreter.repair) for name in NAMES]
+
+
+@pytest.fixture(autouse=True)
+def as_workers_run() -> Iterator[None]:
+    """Whose memory is then written in this mode only, also by the thread that watches for deaths."""
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +151,17 @@ def test_a_worker_that_sleeps_is_woken_by_the_next_pass(attention: Attention) ->
     attention.run(LAYER, x, ids)
     attention.wait(lambda: all(attention.box(owner).bells.words[ASLEEP] for owner in range(2)))
     assert torch.equal(attention.run(LAYER, x, ids), local(x, ids))
+
+
+def test_nobody_is_kept_awake_by_passes_that_do_not_come_by_mail(attention: Attention) -> None:
+    attention.set_map(EXPERTS.map([*NAMES, "expert-2"], 1, 2))  # who is linked with nobody
+    assert not attention.experts.can_be_noted
+    attention.experts.phase = 1
+    assert not any(attention.box(owner).bells.words[BUSY] for owner in range(2))
+    attention.set_map(EXPERTS.map(NAMES, 2, 3))
+    attention.experts.phase = 1
+    assert all(attention.box(owner).bells.words[BUSY] for owner in range(2))
+    assert attention.experts.is_settled()
 
 
 def test_a_silent_worker_is_given_up_and_what_it_answers_later_is_not_read(
