@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -61,8 +63,8 @@ def device_for(gpus: float) -> WorkerDevice:
         )
     device = torch.device("cuda", 0)  # Ray shows a process only what it was given
     torch.cuda.set_device(device)
-    name = torch.cuda.get_device_name(device)
-    if problem := why_not(name, torch.cuda.get_device_capability(device)):
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if problem := too_many(torch.cuda.device_count()) or why_not(name, capability) or why_no_launches():
         raise ValueError(problem)
     return WorkerDevice(device, name, gpus)
 
@@ -75,6 +77,32 @@ def why_not(name: str, capability: tuple[int, int]) -> str | None:
         f"{name} has compute capability {capability[0]}.{capability[1]}, and the GPU kernels are for {HOPPER}.x "
         "(Hopper: H100, H200): set gpus to 0"
     )
+
+
+def too_many(num_visible: int) -> str | None:
+    """Why it cannot be told which of the visible GPUs is this worker's; None if there is one."""
+    if num_visible == 1:
+        return None
+    return (
+        f"{num_visible} GPUs are visible to a worker that was given one or a share of it, and all workers would take "
+        "the first: start Ray without RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+    )
+
+
+def why_no_launches() -> str | None:
+    """Why kernels cannot be launched, where Triton cannot build what launches them; None if it can, or has before."""
+    from triton.runtime import driver  # installed where torch was built for CUDA only
+
+    try:
+        _ = driver.active.utils  # made at the first look
+    except (AssertionError, OSError, RuntimeError, SubprocessError) as error:
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return (
+            "Triton cannot build what launches GPU kernels; it wants a C compiler (gcc or clang, or what CC names) "
+            f"and the headers of Python {python} (python3-dev): install them, or set gpus to 0. It said: "
+            f"{' '.join(str(error).split())}"
+        )
+    return None
 
 
 def room_in_share(free: int, total: int, used: int, share: float) -> int:
