@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,10 +21,22 @@ class CudaGraphs:
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
         """What makes these calls again. Nothing is computed now; all memory that outlives the calls must be there."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with uncollected(), torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 work()
             finally:
                 graph.capture_end()
         return graph.replay
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's collector waits: what it would free may be of the device, and to free that can spoil a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
