@@ -155,6 +155,8 @@ class LayerSender:
     def _send_next(self) -> None:
         layer, readings = self._reading.popleft()
         for span, reading in readings:
+            if span.sequence.state == "finished":  # by a pass that raised: its blocks are somebody else's
+                continue
             if span.link.queued_bytes:  # where no layer waits for experts, nobody else looks after links during a pass
                 span.link.flush()
             self._sender.send(span, layer, reading)

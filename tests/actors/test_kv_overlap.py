@@ -156,28 +156,56 @@ def test_what_a_link_had_no_room_for_goes_on_with_the_next_layer(transfer: Trans
     assert len(came) > 0
 
 
-def test_an_engine_sends_what_a_device_has_computed_before_it_asks_for_tokens() -> None:
-    front, a, b = Front(), Worker("a"), Worker("b")
-    connect(a, front)
-    connect(b, front)
-    link, _ = connect(a, b)
-    memory = a.requests.handovers.sender.memory
-    assert isinstance(memory, HostMemory)
-    device = a.requests.handovers.sender.memory = Device(memory, link, lag=1000)
-    for side in (a, b, front):
-        side.listen()
-    front.submit("a", "b", NUM_ROWS, SamplingParams(max_tokens=2, temperature=0.0))
-    a.listen()
-    before = link.messages_sent
+class SlowDevice:
+    """Worker `a`, whose device computes long after it was asked to, with a prompt that goes on at `b`."""
+
+    def __init__(self) -> None:
+        self.front, self.a, self.b = Front(), Worker("a"), Worker("b")
+        connect(self.a, self.front)
+        connect(self.b, self.front)
+        self.link, _ = connect(self.a, self.b)
+        memory = self.a.requests.handovers.sender.memory
+        assert isinstance(memory, HostMemory)
+        self.device = self.a.requests.handovers.sender.memory = Device(memory, self.link, lag=1000)
+        for side in (self.a, self.b, self.front):
+            side.listen()
+        self.front.submit("a", "b", NUM_ROWS, SamplingParams(max_tokens=2, temperature=0.0))
+        self.a.listen()
+        self.before = self.link.messages_sent
+
+    @property
+    def num_sent(self) -> int:
+        return self.link.messages_sent - self.before
+
+
+@pytest.fixture
+def slow() -> Iterator[SlowDevice]:
+    made = SlowDevice()
+    yield made
+    for side in (made.a, made.b, made.front):
+        side.reactor.close()
+
+
+def test_an_engine_sends_what_a_device_has_computed_before_it_asks_for_tokens(slow: SlowDevice) -> None:
     sent = []
 
     def is_settled() -> bool:
-        sent.append(link.messages_sent - before)
+        sent.append(slow.num_sent)
         return True
 
-    a.experts.may_redo, a.experts.is_settled = True, is_settled
-    a.turn()
+    slow.a.experts.may_redo, slow.a.experts.is_settled = True, is_settled
+    slow.a.turn()
     assert sent == [CONFIG.num_hidden_layers]
-    assert device.waits == [before, before + 1]
-    for side in (a, b, front):
-        side.reactor.close()
+    assert slow.device.waits == [slow.before, slow.before + 1]
+
+
+def test_rows_of_a_step_that_raised_stay_where_they_are(slow: SlowDevice) -> None:
+    slow.a.model.defect = "one bad step"
+    slow.a.turn()
+    slow.a.model.defect = None
+    slow.a.assert_idle()
+    assert slow.num_sent == 1  # KV_ABORT
+    slow.a.turn()
+    assert slow.num_sent == 1
+    slow.b.listen()
+    slow.b.assert_empty()
