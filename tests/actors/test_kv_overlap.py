@@ -175,7 +175,8 @@ class SlowDevice:
 
     @property
     def num_sent(self) -> int:
-        return self.link.messages_sent - self.before
+        num_sent: int = self.link.messages_sent - self.before
+        return num_sent
 
 
 @pytest.fixture
