@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from braid.benchmarks.report import update_page
 from braid.benchmarks.rivals.install import BENCH, is_installed
 
 RESULTS = Path(__file__).resolve().parent / "results" / "load.json"
+LOG = BENCH / "aiperf.log"
 BRAID, PORT, NAME = Path(sys.executable).parent / "braid", 18731, "bench-load"
+AIPERF_TIMEOUT_S = 300.0  # beyond what the arrivals take
 PERCENTILES = ("p50", "p90", "p99")
 COLUMNS = ["requests/s asked", "requests/s", "tokens/s", *[f"TTFT ms {p}" for p in PERCENTILES]]
 COLUMNS += [f"ITL ms {p}" for p in PERCENTILES] + ["requests", "failed"]
@@ -54,6 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     if not is_installed("load"):
         parser.error("aiperf is not installed; run: python -m braid.benchmarks.rivals.install load")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     rows = []
     with Told() as told:
         told.begin("load")
@@ -93,31 +98,40 @@ def cluster(args: argparse.Namespace) -> Iterator[str]:
 
 def run_aiperf(args: argparse.Namespace, url: str, rate: float) -> Mapping[str, Any]:
     """Its summary of one rate."""
-    folder = BENCH / "aiperf" / f"{rate:g}"
+    folder, count = BENCH / "aiperf" / f"{rate:g}", max(8, round(rate * args.seconds))
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's summary must not pass for this one's
     command = [str(BENCH / "load" / "bin" / "aiperf"), "profile", "--model", args.served_name, "--url", url]
     command += ["--endpoint-type", "completions", "--streaming", "--tokenizer", str(args.tokenizer.resolve())]
     command += ["--request-rate", f"{rate:g}", "--arrival-pattern", "poisson", "--random-seed", "1"]
-    command += ["--request-count", str(max(8, round(rate * args.seconds))), "--warmup-request-count", "2"]
+    command += ["--request-count", str(count), "--warmup-request-count", "2"]
     command += ["--synthetic-input-tokens-mean", str(args.prompt_tokens), "--synthetic-input-tokens-stddev", "0"]
     command += ["--output-tokens-mean", str(args.new_tokens), "--output-tokens-stddev", "0"]
     command += ["--use-legacy-max-tokens", "--extra-inputs", "ignore_eos:true", "--extra-inputs", "temperature:0"]
-    command += [
-        "--workers-max",
-        "1",
-        "--ui",
-        "none",
-        "--no-gpu-telemetry",
-        "--no-server-metrics",
-        "--output-artifact-dir",
-        str(folder),
-    ]
-    env = os.environ | {"NO_PROXY": "127.0.0.1,localhost"}
-    done = subprocess.run(command, cwd=work_dir(), env=env, capture_output=True, text=True, check=False)
+    command += ["--workers-max", "1", "--ui", "none", "--no-gpu-telemetry", "--no-server-metrics"]
+    command += ["--output-artifact-dir", str(folder)]
+    code = run(command, count / rate + AIPERF_TIMEOUT_S)
     summary = folder / "profile_export_aiperf.json"
-    if done.returncode or not summary.exists():
-        raise SystemExit(f"aiperf failed at {rate:g} requests/s:\n{(done.stdout + done.stderr)[-2000:]}")
+    if code or not summary.exists():
+        raise SystemExit(f"aiperf failed at {rate:g} requests/s:\n{LOG.read_text(errors='replace')[-2000:]}")
     told: Mapping[str, Any] = json.loads(summary.read_text())
     return told
+
+
+def run(command: Sequence[str], timeout_s: float) -> int:
+    """Its exit code; what it prints goes to LOG. However this ends, no process of it is left."""
+    env = os.environ | {"NO_PROXY": "127.0.0.1,localhost"}
+    with LOG.open("wb") as log:
+        process = subprocess.Popen(
+            list(command), cwd=work_dir(), env=env, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{command[0]} did not end within {timeout_s:g} s; see {LOG}") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def row_of(rate: float, told: Mapping[str, Any]) -> list[float]:
