@@ -58,10 +58,12 @@ def main() -> None:
     console = Console()
     for name in parser.parse_args().names or ENVIRONMENTS:
         try:
+            if not console.is_terminal and not is_installed(name):
+                console.print(f"{name}: installing (minutes; see .bench/{name}.log)")
             with console.status(f"{name}: installing (minutes, the first time; see .bench/{name}.log)"):
                 install(name)
             console.print(f"{name}: installed")
-        except InstallError as error:
+        except (InstallError, OSError, subprocess.CalledProcessError) as error:
             console.print(f"{name}: [red]not installed[/red]: {error}")
 
 
