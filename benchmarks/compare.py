@@ -18,7 +18,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from braid.benchmarks.progress import Told
 from braid.benchmarks.report import update_page
 from braid.benchmarks.rivals.engine_process import EngineFailed, EngineProcess, run_once
 from braid.benchmarks.rivals.install import BENCH, python_of
-from braid.benchmarks.roofline import Machine, decode_work, measure_machine, prefill_work
+from braid.benchmarks.roofline import Machine, decode_work, fastest, measure_machine, prefill_work
 from braid.model.config import ModelConfig
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compare.json"
@@ -49,7 +48,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/compare.json")
     args = parser.parse_args()
     threads = os.cpu_count() or 1
-    chosen = [s for s in (quick_sections if args.quick else sections)(threads) if s.name in (args.only or [s.name])]
+    known = {section.name: section for section in (quick_sections if args.quick else sections)(threads)}
+    if unknown := set(args.only or ()) - set(known):
+        parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    chosen = [section for name, section in known.items() if name in (args.only or known)]
     out = args.out or (BENCH / "quick.json" if args.quick else RESULTS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     with Told() as told:
@@ -66,8 +68,11 @@ def main() -> None:
 
 def run_section(section: Section, rounds: int, threads: int, progress: Told) -> Result:
     progress.begin(section.title)
-    prepare(section)
-    before = measure(section, threads)
+    try:
+        prepare(section)
+    except EngineFailed as error:
+        progress.say(f"no GGUF for llama.cpp: {error}")
+    seen = [measure(section, threads)]
     engines: dict[str, Result] = {}
     with ExitStack() as stack:
         running: dict[str, EngineProcess] = {}
@@ -81,6 +86,7 @@ def run_section(section: Section, rounds: int, threads: int, progress: Told) -> 
                     told["failed"] = str(error)
         progress.expect(sum(min(rounds, c.rounds or rounds) for c in section.contenders if c.name in running))
         for round_number in range(rounds):
+            seen.append(measure(section, threads))
             for contender in turns(section.contenders, round_number):
                 if contender.name not in running:
                     continue
@@ -94,12 +100,7 @@ def run_section(section: Section, rounds: int, threads: int, progress: Told) -> 
                     running.pop(contender.name).close()
                 progress.advance()
     compare_answers(engines)
-    after = measure(section, threads)
-    best = replace(
-        before,
-        read_gb_s=max(before.read_gb_s, after.read_gb_s),
-        matmul_gflop_s=max(before.matmul_gflop_s, after.matmul_gflop_s),
-    )
+    best = fastest([*seen, measure(section, threads)])
     return {
         "title": section.title,
         "date": machine.describe()["date"],
@@ -135,7 +136,7 @@ def start(contender: Contender, section: Section, stack: ExitStack, told: Result
         seconds.append(engine.start_s)
         if index < section.starts - 1:
             engine.close()
-    told |= {"version": engine.version, "start_s": seconds, "figures": {}, "answers": {}, "others_cores": 0.0}
+    told |= {"version": engine.version, "start_s": seconds, "figures": {}, "answers": {}}
     return engine
 
 
@@ -156,21 +157,19 @@ def take_turn(section: Section, contender: Contender, engine: EngineProcess, rou
     new_tokens = min(section.new_tokens, contender.new_tokens or section.new_tokens)
     for index, concurrency in enumerate(section.concurrency):
         prompts = draw_prompts(concurrency, section.prompt_tokens, round_number, index)
-        with machine.OthersCores(engine.processes) as others:
-            answers = engine.run(prompts, new_tokens, JOB_TIMEOUT_S)
+        answers = engine.run(prompts, new_tokens, JOB_TIMEOUT_S)
         times = answers.times_s
         note(f"decode_c{concurrency}", figures.decode_tokens_per_s(times))
         note(f"end_to_end_c{concurrency}", figures.end_to_end_tokens_per_s(times))
         note(f"tpot_ms_c{concurrency}", figures.tpot_ms(times))
         note(f"ttft_s_c{concurrency}", figures.time_to_first_token_s(times))
         note(f"prefill_c{concurrency}", figures.prefill_tokens_per_s(times, concurrency * section.prompt_tokens))
-        told["others_cores"] = max(told["others_cores"], others.cores)
         if round_number == 0:
             told["answers"][str(concurrency)] = [ids[:8] for ids in answers.token_ids]
     long_prompt = draw_prompts(1, section.long_tokens, round_number, len(section.concurrency))
     times = engine.run(long_prompt, 1, JOB_TIMEOUT_S).times_s
     note("ttft_long_s", figures.time_to_first_token_s(times))
-    told["peak_mib"] = engine.peak_mib
+    told |= {"peak_mib": engine.peak_mib, "others_cores": engine.others_cores}
 
 
 def draw_prompts(count: int, length: int, round_number: int, job: int) -> Prompts:

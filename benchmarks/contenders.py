@@ -59,7 +59,7 @@ class Section:
 def sections(threads: int) -> list[Section]:
     """The full run."""
     return [
-        Section("bf16", "BF16, engines alone", "bf16", _engines("bf16", threads), rounds=5, starts=2),
+        Section("bf16", "BF16, engines alone", "bf16", _engines("bf16", threads), rounds=5, starts=5),
         Section(
             "fp32", "FP32, engines alone", "fp32", _engines("fp32", threads)[:-2], rounds=5, starts=1, new_tokens=64
         ),

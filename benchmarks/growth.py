@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from braid.benchmarks.progress import Told
 from braid.benchmarks.report import update_page
 from braid.benchmarks.rivals.engine_process import Command, EngineFailed, EngineProcess
 from braid.benchmarks.rivals.install import BENCH
-from braid.benchmarks.roofline import measure_machine
+from braid.benchmarks.roofline import decode_work, fastest, measure_machine
 from braid.model.config import ModelConfig
 from braid.model.families import ops_for
 from braid.model.kv_cache import BLOCK_SIZE, LatentCache, blocks_for
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the ends of each range, one round; writes no page")
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/growth.json")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     out = args.out or (BENCH / "quick-growth.json" if args.quick else RESULTS)
     found = json.loads(out.read_text()) if out.exists() and args.only else {"curves": {}}
     found["machine"] = machine.describe()
@@ -73,7 +75,7 @@ def by_concurrency(told: Told, is_quick: bool) -> dict[str, Any]:
         for num in ends([1, 2, 4, 8, 16, 32, 64], is_quick, told):
             rows.append([num, *decode_figures(running, num, is_quick)])
     about = f"Colocated, BF16 `small`, prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new tokens; medians of {ROUNDS}."
-    return curve("Decode over concurrency", ["concurrency", "TPOT ms", "tokens/s"], rows, about)
+    return curve("Decode over concurrency", ["concurrency", "TPOT ms", "tokens/s"], rows, about, [running.others_cores])
 
 
 def by_context(told: Told, is_quick: bool) -> dict[str, Any]:
@@ -81,23 +83,29 @@ def by_context(told: Told, is_quick: bool) -> dict[str, Any]:
     torch.set_num_threads(threads)
     ops_for(dtype).set_threads(threads)
     path = make("small-bf16", models() / "small-bf16")
-    config, limits = ModelConfig.from_path(path), measure_machine(dtype, threads)
+    config, seen, others = ModelConfig.from_path(path), [measure_machine(dtype, threads)], list[float]()
     rows: Rows = []
     with torch.inference_mode():
         for context in ends([128, 512, 2048, 8192, 32768, 131072], is_quick, told):
             model = load(path, config, dtype, num_tokens=context + BLOCK_SIZE)
-            row = decode_row(model, limits, 1, context, repeats=3 if is_quick else 15)
+            with machine.OthersCores(list) as meanwhile:
+                row = decode_row(model, seen[0], 1, context, repeats=3 if is_quick else 15)
+            others.append(meanwhile.cores)
             cache = blocks_for(context + 1) * LatentCache.block_bytes(config, dtype) / 2**20
             resident = psutil.Process().memory_info().rss / 2**20
-            rows.append([context, row.median_ms, row.floor_ms, 1e3 / row.median_ms, cache, resident])
+            rows.append([context, row.median_ms, 0.0, 1e3 / row.median_ms, cache, resident])
             del model
             gc.collect()
+            seen.append(measure_machine(dtype, threads))
+    for row_of_context in rows:
+        work = decode_work(config, 1, row_of_context[0])
+        row_of_context[2] = 1e3 * work.seconds(fastest(seen), dtype.itemsize)
     about = (
         "One sequence, BF16 `small`, one step of the network in one process, without an engine around it; the latent "
         "cache holds noise. Memory is that of the process with weights, torch and cache."
     )
     columns = ["context", "TPOT ms", "floor ms", "tokens/s", "latent cache MiB", "memory MiB"]
-    return curve("Decode over context", columns, rows, about) | {"y": "TPOT ms"}
+    return curve("Decode over context", columns, rows, about, others) | {"y": "TPOT ms"}
 
 
 def by_prompt(told: Told, is_quick: bool) -> dict[str, Any]:
@@ -110,34 +118,40 @@ def by_prompt(told: Told, is_quick: bool) -> dict[str, Any]:
             ]
             rows.append([length, length / statistics.median(seconds), statistics.median(seconds)])
     about = f"Colocated, BF16 `small`, one prompt at a time; medians of {ROUNDS}, of the longest once."
-    return curve("Time to first token over prompt length", ["prompt", "tokens/s", "seconds"], rows, about)
+    columns = ["prompt", "tokens/s", "seconds"]
+    return curve("Time to first token over prompt length", columns, rows, about, [running.others_cores])
 
 
 def by_expert_workers(told: Told, is_quick: bool) -> dict[str, Any]:
     rows: Rows = []
+    others = []
     for workers in ends([1, 2, 3, 4], is_quick, told):
         with engine("small-bf16", workers) as running:
             for num in (1, 32):
                 rows.append([workers, num, *decode_figures(running, num, is_quick)])
+            others.append(running.others_cores)
     about = (
         "One attention worker, BF16 `small`, one replica of each expert. All workers share the same cores, so more of "
         "them can only cost: this is the price of cutting finer. Kernels use both cores in turn with one "
         "expert worker, and one thread a process beyond."
     )
-    return curve("Decode over expert workers", ["workers", "c", "TPOT ms", "tokens/s"], rows, about) | {"by": ["c"]}
+    columns = ["workers", "c", "TPOT ms", "tokens/s"]
+    return curve("Decode over expert workers", columns, rows, about, others) | {"by": ["c"]}
 
 
 def by_experts(told: Told, is_quick: bool) -> dict[str, Any]:
     rows: Rows = []
+    others = []
     for experts in ends([16, 32, 64, 128, 256], is_quick, told):
         with engine(f"growth-{experts}-bf16", 0) as running:
             for num in (1, 32):
                 rows.append([experts, num, *decode_figures(running, num, is_quick)])
+            others.append(running.others_cores)
     about = (
         "Colocated, BF16, hidden 512, 4 layers, top-6. More experts change nothing for one token; of a batch's tokens "
         "each may ask for others, so more weights are read."
     )
-    return curve("Decode over experts", ["experts", "c", "TPOT ms", "tokens/s"], rows, about) | {"by": ["c"]}
+    return curve("Decode over experts", ["experts", "c", "TPOT ms", "tokens/s"], rows, about, others) | {"by": ["c"]}
 
 
 CURVES: dict[str, Callable[[Told, bool], dict[str, Any]]] = {
@@ -149,8 +163,9 @@ CURVES: dict[str, Callable[[Told, bool], dict[str, Any]]] = {
 }
 
 
-def curve(title: str, columns: Sequence[str], rows: Rows, about: str) -> dict[str, Any]:
+def curve(title: str, columns: Sequence[str], rows: Rows, about: str, others_cores: Sequence[float]) -> dict[str, Any]:
     """Drawn as its last column over its first, unless the caller says otherwise."""
+    about += f" Others used {max(others_cores):.2f} cores at most."
     return {"title": title, "columns": columns, "rows": rows, "about": about, "x": columns[0], "y": columns[-1]}
 
 

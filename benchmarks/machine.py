@@ -33,7 +33,7 @@ class OthersCores:
 
     def __init__(self, processes: Callable[[], Sequence[psutil.Process]]) -> None:
         self._processes = processes
-        self.cores = 0.0
+        self.cores = self.seconds = 0.0
 
     def __enter__(self) -> Self:
         self._began, self._busy_s, self._ours_s = time.monotonic(), _busy_s(), self._used_s()
@@ -43,7 +43,8 @@ class OthersCores:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         others_s = (_busy_s() - self._busy_s) - (self._used_s() - self._ours_s)
-        self.cores = max(0.0, others_s / max(time.monotonic() - self._began, 1e-3))
+        self.seconds = time.monotonic() - self._began
+        self.cores = max(0.0, others_s / max(self.seconds, 1e-3))
 
     def _used_s(self) -> float:
         used = sum(os.times()[:2])

@@ -25,7 +25,7 @@ def compare(result: Result, path: Path) -> None:
     height = 2.6 * len(sections) + 0.6
     figure, axes = plt.subplots(len(sections), 2, figsize=(10, height), width_ratios=(2.6, 1), squeeze=False)
     for (speed, first), section in zip(axes, sections, strict=True):
-        engines = {name: engine for name, engine in section["engines"].items() if engine.get("figures")}
+        engines = {name: engine for name, engine in section["engines"].items() if not engine["failed"]}
         colours = _colours(section["engines"])  # of those that failed too: a name keeps its colour
         keys = [f"decode_c{c}" for c in section["concurrency"]]
         _bars(speed, engines, keys, colours, section["floor"])

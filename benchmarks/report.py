@@ -90,10 +90,12 @@ def ratios(section: Result) -> Iterator[tuple[str, dict[str, float]]]:
 def remarks(section: Result) -> Iterator[str]:
     """What a reader must know to believe the table."""
     rounds = max((len(v) for e in section["engines"].values() for v in e.get("figures", {}).values()), default=0)
+    starts = max((len(e.get("start_s", ())) for e in section["engines"].values()), default=0)
     yield (
         f"Checkpoint `{section['checkpoint']}`, prompts of {section['prompt_tokens']} tokens, {section['new_tokens']} "
         f"new tokens, greedy; medians of {rounds} rounds with least and most; {section['date']}. "
-        "Start-up: from the start of the process until its first two answers. Memory: high-water mark, resident."
+        f"Start-up, {starts} of each: from the start of the process until its first two answers. "
+        "Memory: high-water mark, resident."
     )
     short = [name for name, e in section["engines"].items() if 0 < _rounds(e) < rounds]
     lines = [f"{name}: {_rounds(section['engines'][name])} of {rounds} rounds." for name in short]

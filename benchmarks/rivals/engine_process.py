@@ -17,9 +17,11 @@ from typing import Self
 
 import psutil
 
+from ..machine import OthersCores
 from .session import Answers
 
 STOP_S, ORPHANS_S = 60.0, 3.0
+TOLD_S = 0.5  # the system counts in hundredths of a second: shorter jobs do not tell whether others computed
 
 
 class EngineFailed(Exception):
@@ -35,7 +37,10 @@ class Command:
 
 
 class EngineProcess:
-    """One driver and its children, in a session of their own. Frozen (SIGSTOP) except while it starts and `awake`."""
+    """One driver and its children, in a session of their own. Frozen (SIGSTOP) except while it starts and `awake`.
+
+    `others_cores`: how many cores others used at most while it ran a job.
+    """
 
     def __init__(self, name: str, command: Command, log: Path, cwd: Path) -> None:
         self.name, self._log = name, log
@@ -51,11 +56,15 @@ class EngineProcess:
                 start_new_session=True,
             )
         self._unread, self._seen = b"", dict[int, psutil.Process]()
-        self.version, self.start_s = "", 0.0
+        self.version, self.start_s, self.others_cores = "", 0.0, 0.0
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Until the warm-up has been answered. Raises EngineFailed."""
-        told = json.loads(self._read_line(timeout_s))
+        """Until the warm-up has been answered. Raises EngineFailed, and then nothing is left that disturbs others."""
+        try:
+            told = json.loads(self._read_line(timeout_s))
+        except EngineFailed:
+            self.close()
+            raise
         self.version, self.start_s = told["version"], time.monotonic() - self._began
         self._freeze()
 
@@ -70,15 +79,23 @@ class EngineProcess:
             self._freeze()
 
     def run(self, prompts: Sequence[list[int]], new_tokens: int, timeout_s: float) -> Answers:
-        """While it is awake. Raises EngineFailed."""
+        """While it is awake. Raises EngineFailed, also where an answer is shorter than was asked."""
         assert self._process.stdin is not None
-        job = {"prompts": list(prompts), "new_tokens": new_tokens}
-        try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise EngineFailed(self._last_words()) from None
-        return Answers(**json.loads(self._read_line(timeout_s)))
+        job = json.dumps({"prompts": list(prompts), "new_tokens": new_tokens}).encode() + b"\n"
+        with OthersCores(self.processes) as others:
+            try:
+                self._process.stdin.write(job)
+                self._process.stdin.flush()
+            except BrokenPipeError:
+                raise EngineFailed(self._last_words()) from None
+            line = self._read_line(timeout_s)
+        if others.seconds >= TOLD_S:
+            self.others_cores = max(self.others_cores, others.cores)
+        answers = Answers(**json.loads(line))
+        counts = [len(ids) for ids in answers.token_ids]
+        if counts != [new_tokens] * len(prompts):
+            raise EngineFailed(f"asked for {new_tokens} tokens of {len(prompts)} prompts, got {counts}")
+        return answers
 
     @property
     def peak_mib(self) -> float:

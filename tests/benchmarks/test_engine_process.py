@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from braid.benchmarks.rivals import engine_process
 from braid.benchmarks.rivals.engine_process import Command, EngineFailed, EngineProcess
 
 DRIVER = """
@@ -20,6 +21,8 @@ class Echo:
     def generate(self, prompts, new_tokens):
         if prompts[0][0] == 99:
             raise RuntimeError("ninety-nine is too much")
+        if prompts[0][0] == 98:
+            new_tokens -= 1
         return Answers([[p[0]] * new_tokens for p in prompts], [[0.5] * new_tokens for _ in prompts])
 
     def close(self):
@@ -30,6 +33,8 @@ print("a library says hello")
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 if "broken" in sys.argv:
     sys.exit("the weights are missing")
+if "hangs" in sys.argv:
+    time.sleep(600)
 serve(Echo(), out)
 if "leaves a child" not in sys.argv:
     child.kill()
@@ -76,8 +81,20 @@ def test_what_an_engine_leaves_behind_is_ended(driver: Path) -> None:
 
 
 def test_an_engine_that_cannot_start_says_why(driver: Path) -> None:
-    with start(driver, "broken") as engine, pytest.raises(EngineFailed, match="the weights are missing"):
-        engine.wait_ready(60)
+    with start(driver, "broken") as engine:
+        with pytest.raises(EngineFailed, match="the weights are missing"):
+            engine.wait_ready(60)
+        assert engine.processes() == []
+
+
+def test_an_engine_that_is_not_ready_in_time_takes_no_core_from_the_others(
+    driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "STOP_S", 0.2)
+    with start(driver, "hangs") as engine:
+        with pytest.raises(EngineFailed, match="no answer within"):
+            engine.wait_ready(0.2)
+        assert engine.processes() == []
 
 
 def test_an_engine_that_fails_at_a_job_says_why(driver: Path) -> None:
@@ -86,6 +103,13 @@ def test_an_engine_that_fails_at_a_job_says_why(driver: Path) -> None:
         with engine.awake(), pytest.raises(EngineFailed, match="ninety-nine"):
             engine.run([[99]], 1, 60)
     assert engine.processes() == []
+
+
+def test_an_answer_that_is_shorter_than_asked_is_no_answer(driver: Path) -> None:
+    with start(driver) as engine:
+        engine.wait_ready(60)
+        with engine.awake(), pytest.raises(EngineFailed, match=r"asked for 3 tokens of 2 prompts, got \[2, 2\]"):
+            engine.run([[98], [98]], 3, 60)
 
 
 def test_an_engine_that_does_not_answer_is_given_up(driver: Path) -> None:
