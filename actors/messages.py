@@ -83,7 +83,8 @@ class Submit:
 class TokenItem:
     """Output of one sequence in one step. `index` is the 0-based place of the first token among the generated ones.
 
-    Of the tokens drafted for it so far, `accepted` came true and `rejected` did not.
+    Of the tokens drafted for it so far, `accepted` came true and `rejected` did not. `error`: `code`, `message`, and
+    `by`, the worker that has refused it.
     """
 
     id: str

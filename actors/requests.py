@@ -195,7 +195,8 @@ class Requests:
         body = unpack(event.message.meta)
         sequence = self.handovers.take(event.link.peer.name, body["number"])
         if sequence is not None:
-            self.fail(sequence, body["code"], f"decode worker {event.link.peer.name} refused: {body['reason']}")
+            peer = event.link.peer.name
+            self.fail(sequence, body["code"], f"decode worker {peer} refused: {body['reason']}", by=peer)
 
     _handlers: dict[int, Callable[[Requests, Received], None]] = {  # noqa: RUF012 - a constant table
         Kind.SUBMIT: _on_submit,
@@ -272,8 +273,10 @@ class Requests:
             trace_prefill(self.tracer, self.name, sequence)
         self._drop(sequence, "finished")
 
-    def fail(self, sequence: Sequence, code: ErrorCode, message: str) -> None:
-        item = TokenItem(sequence.id, sequence.num_generated, finish="error", error={"code": code, "message": message})
+    def fail(self, sequence: Sequence, code: ErrorCode, message: str, by: str = "") -> None:
+        """`by`: who has refused it, if it is not this worker."""
+        error = {"code": code, "message": message, "by": by or self.name}
+        item = TokenItem(sequence.id, sequence.num_generated, finish="error", error=error)
         self._emit(sequence, item)
         self.counters["failed"] += 1
         self._drop(sequence, message)

@@ -247,7 +247,7 @@ class FrontEnd:
     def _on_error(self, flight: Flight, worker: str, error: dict[str, str]) -> None:
         is_untouched = flight.stream.num_tokens == 0 and not flight.stream.early
         if error["code"] == "busy" and is_untouched:
-            self._requeue(flight, worker)
+            self._requeue(flight, error.get("by", worker))
             return
         codes: dict[str, RefusalCode] = {code: code for code in ("busy", "unavailable", "deadline", "invalid")}
         self._cancel(flight, spared=worker)
@@ -255,13 +255,10 @@ class FrontEnd:
 
     def _requeue(self, flight: Flight, worker: str) -> None:
         """The worker's view of its room was newer than ours: the request waits again, at its old place."""
-        placement = flight.ticket.placement
-        assert placement is not None, "busy before it was placed"
         del self._flights[flight.id]
         self.admission.rejoin(flight.ticket)
         self._waiting[flight.ticket] = flight
-        for name in {worker, placement.decode}:
-            self.admission.pause(name, time.monotonic())
+        self.admission.pause(worker, time.monotonic())  # only it: others may have room
         asyncio.get_running_loop().call_later(BUSY_PAUSE_S, self._pump_soon)
 
     def _on_left(self, left: Left) -> None:

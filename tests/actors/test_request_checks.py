@@ -227,7 +227,8 @@ def test_a_refusal_keeps_its_code_on_the_way_to_the_front_end(company: Company) 
     decode.links["a"].send(Kind.KV_REFUSED, pack({"number": 1, "code": "invalid", "reason": "it is too long"}))
     company.check()
     (error,) = company.rogue.heard["r0"].errors
-    assert error == {"code": "invalid", "message": "decode worker decode-0 refused: it is too long"}
+    told = {"message": "decode worker decode-0 refused: it is too long", "by": "decode-0"}
+    assert error == {"code": "invalid", **told}
 
 
 @pytest.mark.parametrize("have", [10, -1, 2.5, "all", None])

@@ -189,6 +189,16 @@ def test_a_second_link_of_a_peer_ends_what_hung_on_its_first(trio: Trio) -> None
     assert trio.front.heard[name].finishes[0] == "error"
 
 
+def test_who_says_busy_is_named(trio: Trio) -> None:
+    there = [trio.front.submit("a", "b", 10, TEN) for _ in range(5)]
+    trio.workers["a"].listen()
+    trio.workers["b"].listen()  # it has places for four
+    here = [trio.front.submit("a", "a", 10, TEN) for _ in range(4)]
+    trio.run()
+    told = [[(error["code"], error["by"]) for error in trio.front.heard[name].errors] for name in there + here]
+    assert told == [[]] * 4 + [[("busy", "b")]] + [[]] * 3 + [[("busy", "a")]]  # whose queue holds eight
+
+
 def test_a_cancel_may_overtake_what_it_cancels(trio: Trio) -> None:
     name = trio.front.submit("a", "b", 100, TEN)
     trio.front.cancel(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripted_worker import ScriptedWorker, ask, cancelled, front_of, gather, run, submitted, text_of, until
 
-from braid.actors.messages import TokenItem
+from braid.actors.messages import Submit, TokenItem
 from braid.cluster.request import RequestRefused
 from braid.model.tokenizer import Tokenizer
 
@@ -194,6 +194,25 @@ def test_busy_before_the_first_token_waits_again(run_dir: Path, byte_tokenizer: 
             assert last not in earlier
             worker.say(TokenItem(earlier[0], 0, [*b"old"]), TokenItem(last, 0, [*b"new"], finish="length"))
             assert text_of(await answer) == "new"
+
+    run(scenario())
+
+
+def test_who_says_busy_rests_and_nobody_else(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
+    """Of two decode workers the one with more room refuses: the prefill worker goes on, with the other one."""
+
+    def answer(submit: Submit) -> list[TokenItem]:
+        if submit.decode == "decode-0":
+            return [TokenItem(submit.id, finish="error", error={**BUSY, "by": "decode-0"})]
+        return [TokenItem(submit.id, 0, [*b"a"], finish="length")]
+
+    async def scenario() -> None:
+        prefill = ScriptedWorker(run_dir, "prefill-0", "prefill")
+        decode = [ScriptedWorker(run_dir, f"decode-{place}", "decode", free_blocks=64 - place) for place in range(2)]
+        prefill.answer = answer
+        async with front_of(byte_tokenizer, prefill, *decode) as front:
+            assert text_of(await gather(front, ask(timeout_s=60.0))) == "a"
+            assert (await submitted(prefill)).decode == "decode-0"
 
     run(scenario())
 
