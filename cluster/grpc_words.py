@@ -35,6 +35,8 @@ async def read_request(
         if wire.model not in ("", info.name):
             raise RequestRefused("not_found", f"no model {wire.model!r} here: this cluster serves {info.name!r}")
         prompt_ids = await _prompt_ids(wire, tokenizer)
+        if wire.sampling.stop and not tokenizer.has_text:
+            raise ValueError("stop: the model has no tokenizer, so no text to stop in: use stop_token_ids")
     except (DecodeError, ValueError) as error:
         raise RequestRefused("invalid", str(error)) from error
     params = read_sampling(wire.sampling, max(info.max_model_len - len(prompt_ids), 1))

@@ -35,6 +35,8 @@ def understand(body: CompletionBody | ChatBody, tokenizer: Tokenizer, info: Mode
     if body.model not in (None, info.name):
         known = f"the model {body.model!r:.120} does not exist: this server has {info.name!r}"
         raise ApiError(known, "model", status=404, code="model_not_found")
+    if body.stops and not tokenizer.has_text:
+        raise ApiError("stop: the model has no tokenizer, so no text to stop in: use stop_token_ids", "stop")
     if isinstance(body, ChatBody):
         return _chat(body, tokenizer, info, call)
     return _completion(body, tokenizer, info, call)

@@ -191,6 +191,23 @@ def test_bytes_that_are_no_request(byte_tokenizer: Tokenizer, message: bytes, to
     run(scenario())
 
 
+def test_without_a_tokenizer_there_is_no_text_to_send_or_to_stop_in(tmp_path: Path) -> None:
+    ids = pb.TokenIds(ids=[5, 6])
+
+    async def scenario() -> None:
+        async with front_of(Tokenizer(tmp_path)) as front, channel_to(front) as channel:
+            stub = BraidStub(channel)
+            for request, told in (
+                (say("hi"), "send token ids"),
+                (pb.GenerateRequest(token_ids=ids, sampling=pb.Sampling(stop=["x"])), "use stop_token_ids"),
+            ):
+                error = await refusal(stub.Generate(request))
+                assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+                assert told in (error.details() or "")
+
+    run(scenario())
+
+
 def test_busy_and_unavailable_say_when_to_come_back(run_dir: Path, byte_tokenizer: Tokenizer) -> None:
     async def scenario() -> None:
         worker = ScriptedWorker(run_dir, "both-0", total_blocks=1, free_blocks=1)

@@ -4,6 +4,7 @@ import gzip
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -259,3 +260,14 @@ def test_one_failing_choice_ends_the_others(front: ScriptedFront, url: str) -> N
     front.fail, front.fail_after = busy(), 1
     assert call("POST", f"{url}/completions", json={"prompt": ["a", "b"], "n": 3}).status_code == 429
     assert front.running == 0
+
+
+def test_without_a_tokenizer_there_is_no_text_to_send_or_to_stop_in(tmp_path: Path) -> None:
+    front = ScriptedFront(Tokenizer(tmp_path))
+    with served(front, ModelInfo(MODEL, CONTEXT, 280)) as port:
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        text = error_of(call("POST", url, json={"prompt": "hi"}), 400)
+        assert (text["param"], "send token ids" in text["message"]) == ("prompt", True)
+        stop = error_of(call("POST", url, json={"prompt": [5, 6], "stop": "x"}), 400)
+        assert (stop["param"], "use stop_token_ids" in stop["message"]) == ("stop", True)
+    assert front.seen == []
