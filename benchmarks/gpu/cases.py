@@ -35,10 +35,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A case on a device. `expected`: what the first call of `actual` gives, in float64, or as integers."""
+    """A case on a device. `expected`: what the first call of `actual` gives, in float64, or as integers.
+
+    `work`: of what was drawn, where chance has a part in it.
+    """
 
     actual: Callable[[], Tensor | Quantised]
     expected: Callable[[], Tensor]
+    work: Work | None = None
 
 
 @dataclass(frozen=True, slots=True)

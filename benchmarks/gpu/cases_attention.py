@@ -67,7 +67,7 @@ def prefill_case(config: ModelConfig, num: int, start: int = 0, expands: bool = 
 def _write(draw: Draw, config: ModelConfig, rows: int) -> Run:
     rank, rope, width = config.kv_lora_rank, config.qk_rope_head_dim, config.latent_dim
     x, weight = draw.normal(rows, width), draw.normal(rank)
-    cos, sin = _angles(draw, rows, rope)
+    cos, sin = angles(draw, rows, rope)
     num_blocks = -(-rows // BLOCK_SIZE)
     cache = torch.zeros(num_blocks, BLOCK_SIZE, width, dtype=torch.bfloat16, device=draw.device)
     slots = torch.randperm(num_blocks * BLOCK_SIZE, device=draw.device)[:rows]
@@ -99,13 +99,13 @@ def _heads(draw: Draw, rows: int, num_heads: int, inputs: int, outputs: int) -> 
 
 def _rope(draw: Draw, config: ModelConfig, rows: int) -> Run:
     q = draw.normal(rows, config.num_attention_heads, config.qk_rope_head_dim)
-    cos, sin = _angles(draw, rows, config.qk_rope_head_dim)
+    cos, sin = angles(draw, rows, config.qk_rope_head_dim)
     return Run(
         lambda: latent.rope(q, cos, sin, True, torch.empty_like(q)), lambda: _turned(q, cos[:, None], sin[:, None])
     )
 
 
-def _angles(draw: Draw, rows: int, rope: int) -> tuple[Tensor, Tensor]:
+def angles(draw: Draw, rows: int, rope: int) -> tuple[Tensor, Tensor]:
     half = draw.wide(rows, rope // 2)
     return torch.cat((half.cos(), half.cos()), -1), torch.cat((half.sin(), half.sin()), -1)
 

@@ -39,10 +39,14 @@ def grouped_case(config: ModelConfig, rows: int, held: int) -> Case:
 
 
 def expert_work(config: ModelConfig, rows: int, held: int) -> Work:
-    """Of uniform routing: every expert that some token asks for is read once, codes and scales."""
-    total, hidden, inner = config.n_routed_experts or 1, config.hidden_size, config.moe_intermediate_size
-    ours = rows * config.num_experts_per_tok * held / total
-    read = held * (1 - (1 - config.num_experts_per_tok / total) ** rows)
+    """What uniform routing gives on the average."""
+    total, slots = config.n_routed_experts or 1, config.num_experts_per_tok
+    return _work(config, rows * slots * held / total, held * (1 - (1 - slots / total) ** rows))
+
+
+def _work(config: ModelConfig, ours: float, read: float) -> Work:
+    """Of `ours` pairs; `read` experts, those that some token asks for, are read once."""
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
     itemsize = 1 if config.quantization is not None else 2
     num_bytes = read * 3 * hidden * inner * itemsize + ours * (hidden * (itemsize + 2) + 2 * inner * itemsize)
     return Work(num_bytes, ours * 6.0 * hidden * inner, "fp8" if itemsize == 1 else "bf16")
@@ -73,6 +77,8 @@ def _grouped(draw: Draw, config: ModelConfig, rows: int, held: int) -> Run:
     out = torch.zeros(expert_of_pair.numel(), hidden, dtype=torch.bfloat16, device=draw.device)
     found = index.dispatch_index(expert_of_pair, held)
     row_of_pair = torch.arange(rows, device=draw.device).repeat_interleave(slots)
+    mine = None if expert_of_pair.is_meta else expert_of_pair[expert_of_pair >= 0]
+    work = None if mine is None else _work(config, len(mine), len(set(mine.tolist())))
     if config.quantization is None:
         x = draw.normal(rows, hidden)
         w13 = draw.normal(held, 2 * inner, hidden, scale=hidden**-0.5)
@@ -84,6 +90,7 @@ def _grouped(draw: Draw, config: ModelConfig, rows: int, held: int) -> Run:
         return Run(
             lambda: experts_bf16.grouped_mlp_bf16(x, row_of_pair, found, w13, w2, out),
             lambda: _expected(x.double(), slots, expert_of_pair, held, plain),
+            work,
         )
     codes: Quantised = draw.activations(rows, hidden)
     up, up_scales = draw.block_weight(2 * inner, hidden, held)
@@ -96,6 +103,7 @@ def _grouped(draw: Draw, config: ModelConfig, rows: int, held: int) -> Run:
     return Run(
         lambda: experts.grouped_mlp_fp8(codes, row_of_pair, found, up, up_scales, down, down_scales, False, out),
         lambda: _expected(widened(codes), slots, expert_of_pair, held, dequantised),
+        work,
     )
 
 

@@ -28,7 +28,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield from cases_products.cases(config, rows)
         yield from cases_attention.row_cases(config, rows)
         yield from cases_experts.cases(config, rows, min(8, experts // 2))
-    heads, (context, prompt) = config.num_attention_heads, (5000, 2000) if setting.is_full_size else (70, 40)
+    heads, (context, prompt) = config.num_attention_heads, (5000, 5000) if setting.is_full_size else (70, 40)
     yield cases_attention.decode_case(config, 3, context, heads)
     yield cases_attention.decode_case(config, 2, context, heads, 2)
     yield cases_attention.decode_case(config, 2, context, heads // 4, 3)

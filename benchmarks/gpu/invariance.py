@@ -12,26 +12,27 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from braid.kernels.gpu import (
-    attention_decode,
-    attention_prefill,
-    combine,
-    experts,
-    experts_bf16,
-    gate,
-    gemm,
-    index,
-    norm,
-)
+from braid.kernels.gpu import attention_decode, attention_prefill, experts, experts_bf16, gemm, heads, index, mlp
 from braid.kernels.gpu.norm import Quantised
 
 from .cases_attention import cached
 from .cases_experts import chosen
 from .cases_products import matrices
+from .invariance_rows import (
+    choice,
+    combined,
+    compared,
+    latents,
+    logits,
+    normed,
+    num_rows,
+    quantised,
+    same,
+    sampled,
+)
 from .setting import Row, Setting, each
 from .sizes import BLOCK_SIZE
 
-Part = Callable[[slice], Tensor]
 TILES = (16, 32, 64)
 FEW_HEADS = 16  # as many as leave lanes of a tile to other rows of the sequence
 
@@ -39,12 +40,18 @@ FEW_HEADS = 16  # as many as leave lanes of a tile to other rows of the sequence
 def probe(setting: Setting) -> Iterator[Row]:
     """Rows with `passed` and `differing`, the parts whose bits are not those of the whole."""
     probes: dict[str, Callable[[Setting], Row]] = {
-        "residual + RMSNorm": _norm,
-        "RMSNorm + quantise": _quantised,
+        "residual + RMSNorm": normed,
+        "quantise": quantised,
         "fp8 product": _fp8,
         "bf16 product": _bf16,
-        "gate": _gate,
-        "combine": _combine,
+        "product of each head": _heads,
+        "shared expert fp8": _mlp_fp8,
+        "shared expert bf16": _mlp_bf16,
+        "gate logits": logits,
+        "gate top-k": choice,
+        "combine": combined,
+        "latent norm + rope + cache write": latents,
+        "sample": sampled,
         "experts fp8: rows and tiles": _experts_fp8,
         "experts bf16: rows and tiles": _experts_bf16,
         "MLA decode: batch, rows a sequence, blocks": _decode,
@@ -55,46 +62,11 @@ def probe(setting: Setting) -> Iterator[Row]:
     return each(setting, ((name, partial(function, setting)) for name, function in probes.items()))
 
 
-def _rows(setting: Setting) -> int:
-    return 300 if setting.is_full_size else 5
-
-
-def _slices(rows: int) -> list[slice]:
-    """Single rows, tiles that are not full, tiles begun anywhere, every token tile."""
-    sizes = [(0, 1), (5, 6), (0, 16), (3, 20), (0, 33), (7, 71), (0, 128), (1, 201), (2, 4)]
-    return [slice(begin, end) for begin, end in sizes if end <= rows]
-
-
-def _compared(whole: Tensor, part: Part) -> Row:
-    slices = _slices(len(whole))
-    differing = [f"{s.start}:{s.stop}" for s in slices if not _same(whole[s], part(s))]
-    return {"passed": not differing, "differing": differing, "parts": len(slices)}
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit: NaN equals itself."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def _norm(setting: Setting) -> Row:
-    rows, hidden, draw = _rows(setting), setting.config.hidden_size, setting.draw
-    x, delta, weight = draw.normal(rows, hidden), draw.normal(rows, hidden), draw.normal(hidden)
-    return _compared(
-        norm.add_rms_norm(x.clone(), delta, weight, 1e-6),
-        lambda part: norm.add_rms_norm(x[part].clone(), delta[part], weight, 1e-6),
-    )
-
-
-def _quantised(setting: Setting) -> Row:
-    rows, hidden, draw = _rows(setting), setting.config.hidden_size, setting.draw
-    x = draw.normal(rows, hidden)
-    return _compared(norm.quantise(x, False).codes, lambda part: norm.quantise(x[part], False).codes)
-
-
 def _fp8(setting: Setting) -> Row:
-    hidden, draw = setting.config.hidden_size, setting.draw
-    x, (weight, scales) = draw.activations(_rows(setting), hidden), draw.block_weight(512, hidden)
-    return _compared(gemm.linear_fp8(x, weight, scales), lambda part: gemm.linear_fp8(_part(x, part), weight, scales))
+    """The rows together are enough for the kernel of many rows; some of the parts are not."""
+    hidden, outputs, draw = setting.config.hidden_size, 2 * setting.config.moe_intermediate_size, setting.draw
+    x, (weight, scales) = draw.activations(num_rows(setting), hidden), draw.block_weight(outputs, hidden)
+    return compared(gemm.linear_fp8(x, weight, scales), lambda part: gemm.linear_fp8(_part(x, part), weight, scales))
 
 
 def _part(x: Quantised, part: slice) -> Quantised:
@@ -102,34 +74,47 @@ def _part(x: Quantised, part: slice) -> Quantised:
 
 
 def _bf16(setting: Setting) -> Row:
-    hidden, draw = setting.config.hidden_size, setting.draw
-    x, weight = draw.normal(_rows(setting), hidden), draw.normal(512, hidden, scale=hidden**-0.5)
-    return _compared(gemm.linear_bf16(x, weight), lambda part: gemm.linear_bf16(x[part], weight))
+    hidden, outputs, draw = setting.config.hidden_size, 2 * setting.config.moe_intermediate_size, setting.draw
+    x, weight = draw.normal(num_rows(setting), hidden), draw.normal(outputs, hidden, scale=hidden**-0.5)
+    return compared(gemm.linear_bf16(x, weight), lambda part: gemm.linear_bf16(x[part], weight))
 
 
-def _gate(setting: Setting) -> Row:
-    config, draw = setting.config, setting.draw
-    x = draw.normal(_rows(setting), config.hidden_size)
-    weight = draw.normal(config.n_routed_experts or 1, config.hidden_size, scale=config.hidden_size**-0.5)
-    return _compared(gate.gate_logits(x, weight), lambda part: gate.gate_logits(x[part], weight))
+def _heads(setting: Setting) -> Row:
+    """W_UK, and W_UV on what it gives."""
+    config, draw, nope = setting.config, setting.draw, setting.config.qk_nope_head_dim
+    num_heads, rank = config.num_attention_heads, config.kv_lora_rank
+    kv_b = draw.normal(num_heads, nope + config.v_head_dim, rank, scale=rank**-0.5)
+    x, w_uk, w_uv = draw.normal(num_rows(setting), num_heads, nope), kv_b[:, :nope].transpose(1, 2), kv_b[:, nope:]
+
+    def there_and_back(part: slice) -> Tensor:
+        return heads.head_linear(heads.head_linear(x[part], w_uk), w_uv)
+
+    return compared(there_and_back(slice(None)), there_and_back)
 
 
-def _combine(setting: Setting) -> Row:
-    config, draw, rows = setting.config, setting.draw, _rows(setting)
-    slots, hidden = config.num_experts_per_tok, config.hidden_size
-    shared, parts, weights = draw.normal(rows, hidden), draw.normal(rows, slots, hidden), draw.positive(rows, slots)
-    return _compared(
-        combine.combine(shared, parts, weights),
-        lambda part: combine.combine(shared[part], parts[part], weights[part]),
+def _mlp_fp8(setting: Setting) -> Row:
+    hidden, inner, draw = setting.config.hidden_size, setting.config.shared_intermediate_size, setting.draw
+    x = draw.activations(num_rows(setting), hidden)
+    w13, w2 = draw.block_weight(2 * inner, hidden), draw.block_weight(hidden, inner)
+    return compared(
+        mlp.swiglu_mlp_fp8(x, *w13, *w2, False),
+        lambda part: mlp.swiglu_mlp_fp8(_part(x, part), *w13, *w2, False),
     )
+
+
+def _mlp_bf16(setting: Setting) -> Row:
+    hidden, inner, draw = setting.config.hidden_size, setting.config.shared_intermediate_size, setting.draw
+    x, w13 = draw.normal(num_rows(setting), hidden), draw.normal(2 * inner, hidden, scale=hidden**-0.5)
+    w2 = draw.normal(hidden, inner, scale=inner**-0.5)
+    return compared(mlp.swiglu_mlp_bf16(x, w13, w2), lambda part: mlp.swiglu_mlp_bf16(x[part], w13, w2))
 
 
 def _experts_fp8(setting: Setting) -> Row:
     config, draw = setting.config, setting.draw
     hidden, inner, held, slots = config.hidden_size, config.moe_intermediate_size, 4, config.num_experts_per_tok
-    x = draw.activations(_rows(setting), hidden)
+    x = draw.activations(num_rows(setting), hidden)
     w13, w2 = draw.block_weight(2 * inner, hidden, held), draw.block_weight(hidden, inner, held)
-    places = chosen(draw, config, _rows(setting), held)
+    places = chosen(draw, config, num_rows(setting), held)
 
     def rows_of(part: slice, tile: int) -> Tensor:
         mine, row_of_pair = _pairs(places, slots, part)
@@ -139,15 +124,15 @@ def _experts_fp8(setting: Setting) -> Row:
             -1, slots, hidden
         )
 
-    return _compared_in_tiles(_rows(setting), rows_of)
+    return _compared_in_tiles(num_rows(setting), rows_of)
 
 
 def _experts_bf16(setting: Setting) -> Row:
     config, draw = setting.config, setting.draw
     hidden, inner, held, slots = config.hidden_size, config.moe_intermediate_size, 4, config.num_experts_per_tok
-    x = draw.normal(_rows(setting), hidden)
+    x = draw.normal(num_rows(setting), hidden)
     w13, w2 = draw.normal(held, 2 * inner, hidden, scale=0.01), draw.normal(held, hidden, inner, scale=0.01)
-    places = chosen(draw, config, _rows(setting), held)
+    places = chosen(draw, config, num_rows(setting), held)
 
     def rows_of(part: slice, tile: int) -> Tensor:
         mine, row_of_pair = _pairs(places, slots, part)
@@ -155,7 +140,7 @@ def _experts_bf16(setting: Setting) -> Row:
         found = index.dispatch_index(mine, held, tile)
         return experts_bf16.grouped_mlp_bf16(x[part], row_of_pair, found, w13, w2, out).view(-1, slots, hidden)
 
-    return _compared_in_tiles(_rows(setting), rows_of)
+    return _compared_in_tiles(num_rows(setting), rows_of)
 
 
 def _pairs(places: Tensor, slots: int, part: slice) -> tuple[Tensor, Tensor]:
@@ -166,7 +151,7 @@ def _pairs(places: Tensor, slots: int, part: slice) -> tuple[Tensor, Tensor]:
 
 def _compared_in_tiles(rows: int, rows_of: Callable[[slice, int], Tensor]) -> Row:
     whole = rows_of(slice(0, rows), TILES[0])
-    found = [_compared(whole, lambda part, tile=tile: rows_of(part, tile)) for tile in TILES]  # type: ignore[misc]
+    found = [compared(whole, lambda part, tile=tile: rows_of(part, tile)) for tile in TILES]  # type: ignore[misc]
     differing = [f"tile {tile}, {part}" for tile, row in zip(TILES, found, strict=True) for part in row["differing"]]
     return {"passed": not differing, "differing": differing, "parts": sum(row["parts"] for row in found)}
 
@@ -179,34 +164,36 @@ def _decode(setting: Setting, heads: int | None = None) -> Row:
     cache, tables = cached(draw, config, len(nums), context)
     each = torch.tensor(nums, device=device)
     row_tables, firsts = tables.repeat_interleave(each, 0), (each.cumsum(0) - each).repeat_interleave(each)
-    num_rows = sum(nums)
+    count = sum(nums)
     ends = torch.tensor([2 * attention_decode.SPLIT if num % 2 == 0 else context for num in nums], device=device)
     begins = (ends - each // 2).minimum(context - each)
-    positions = begins.repeat_interleave(each) + torch.arange(num_rows, device=device) - firsts
-    q = draw.normal(num_rows, heads, config.latent_dim)
+    positions = begins.repeat_interleave(each) + torch.arange(count, device=device) - firsts
+    q = draw.normal(count, heads, config.latent_dim)
 
     def attended(rows: slice, cache: Tensor, row_tables: Tensor, shares: bool = False) -> Tensor:
         own = (firsts[rows] - rows.start).clamp(min=0) if shares else None
         plan = attention_decode.plan_decode(positions[rows], row_tables[rows], BLOCK_SIZE, heads, own)
         return attention_decode.mla_decode(q[rows], cache, plan, scale, rank)
 
-    every = slice(0, num_rows)
+    every = slice(0, count)
     whole = attended(every, cache, row_tables)
-    row = _compared(whole, lambda part: attended(part, cache, row_tables, shares=True))
+    row = compared(whole, lambda part: attended(part, cache, row_tables, shares=True))
     order = torch.randperm(len(cache), device=device)
     moved, moved_tables = torch.empty_like(cache), order[row_tables]
     moved[order] = cache
     others = {"together": attended(every, cache, row_tables, True), "blocks": attended(every, moved, moved_tables)}
-    differing = row["differing"] + [name for name, out in others.items() if not _same(whole, out)]
+    differing = row["differing"] + [name for name, out in others.items() if not same(whole, out)]
     return {"passed": not differing, "differing": differing, "parts": row["parts"] + len(others)}
 
 
 def _prefill(setting: Setting) -> Row:
     config, draw = setting.config, setting.draw
     heads, rank, value = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
-    num, cuts = (3000, (512, 1024, 1100)) if setting.is_full_size else (70, (33,))
+    # across the end of a piece of keys, in it and on it
+    num, cuts = (5000, (512, 1100, attention_prefill.PIECE, 4500)) if setting.is_full_size else (70, (33,))
     cache, tables = cached(draw, config, 1, num)
-    q, kv_b = draw.normal(num, heads, config.qk_head_dim), draw.normal(heads * (config.qk_nope_head_dim + value), rank)
+    q = draw.normal(num, heads, config.qk_head_dim)
+    kv_b = draw.normal(heads * (config.qk_nope_head_dim + value), rank, scale=rank**-0.5)
 
     def attended(begin: int, end: int) -> Tensor:
         plan = attention_prefill.plan_prefill(begin, end - begin, tables[0])
@@ -214,8 +201,8 @@ def _prefill(setting: Setting) -> Row:
         return attention_prefill.mla_prefill(q[begin:end], cache, expand, plan, config.softmax_scale, rank, value)
 
     whole = attended(0, num)
-    differing = [f"{cut}:{num}" for cut in cuts if not _same(whole[cut:], attended(cut, num))]
-    differing += [f"0:{cut}" for cut in cuts if not _same(whole[:cut], attended(0, cut))]
+    differing = [f"{cut}:{num}" for cut in cuts if not same(whole[cut:], attended(cut, num))]
+    differing += [f"0:{cut}" for cut in cuts if not same(whole[:cut], attended(0, cut))]
     return {"passed": not differing, "differing": differing, "parts": 2 * len(cuts)}
 
 

@@ -17,10 +17,10 @@ from braid.model.config import ModelConfig
 
 from .cases import Draw
 from .cases_attention import cached
-from .cases_experts import chosen
+from .cases_experts import chosen, expert_work
 from .setting import Row, Setting, each
 from .sizes import BLOCK_SIZE
-from .timing import Timing, timed
+from .timing import Timing, copies, timed
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HELD = (8, 32)
@@ -51,9 +51,16 @@ def _told(part: str, sizes: dict[str, int], tokens: int, took: Timing) -> Row:
 
 
 def _experts(setting: Setting, held: int, tokens: int) -> Row:
+    """The mean of several layers: of few tokens one layer's choice may leave this worker nothing, or what L2 holds."""
+    torch.manual_seed(0)
+    num_layers = copies(expert_work(setting.config, tokens, held).num_bytes, setting.device)
+    runs = [_expert_layer(setting, held, tokens) for _ in range(num_layers)]
+    return _told("experts", {"held": held, "tokens": tokens}, tokens, timed(runs, setting.device))
+
+
+def _expert_layer(setting: Setting, held: int, tokens: int) -> Callable[[], Tensor]:
     config, draw = setting.config, setting.draw
     hidden, inner, slots = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
-    torch.manual_seed(0)
     x, places = draw.activations(tokens, hidden), chosen(draw, config, tokens, held)
     w13, w2 = draw.block_weight(2 * inner, hidden, held), draw.block_weight(hidden, inner, held)
     out = torch.zeros(tokens * slots, hidden, dtype=torch.bfloat16, device=setting.device)
@@ -63,7 +70,7 @@ def _experts(setting: Setting, held: int, tokens: int) -> Row:
         found = index.dispatch_index(places, held)
         return experts.grouped_mlp_fp8(x, row_of_pair, found, *w13, *w2, False, out)
 
-    return _told("experts", {"held": held, "tokens": tokens}, tokens, timed([layer], setting.device))
+    return layer
 
 
 def _attention(setting: Setting, batch: int, context: int) -> Row:
