@@ -2,8 +2,8 @@
 
     python -m braid.benchmarks.gpu --out DIR [--rivals DIR] [--only SECTION ..] [--minutes 9]
 
-Sections: ceilings, checks, invariance, speed, layers, network, rivals, sanitizer, mail. On a GPU each is a process of
-its own with its share of the time, as a kernel that goes wrong ends its process; what a section had given is kept.
+Sections: ceilings, checks, invariance, speed, layers, network, rivals, sanitizer, mail. On a GPU each has its share of
+the time and a process of its own, and after a row whose kernel went wrong or hung another one, that goes on behind it.
 `--device cpu --shapes tiny` goes the same way in this process, under Triton's interpreter if it is switched on.
 """
 
@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .calibration_table import calibration
+from .process import run_ended
 from .section import main as run_here
+from .setting import Row, rows_of
 from .shares import ceilings_of, judged
 from .sizes import MODELS
 
@@ -36,6 +38,9 @@ SHARES = {
     "rivals": 0.11, "sanitizer": 0.07, "mail": 0.06,
 }  # fmt: skip
 GRACE_S = 10.0  # for the row that is at work when the time is up
+ROW_S = 60.0  # of these sections no row takes that long, not even where kernels are still to be compiled
+WATCHED = ("ceilings", "checks", "invariance", "speed", "layers")
+SECTION = [sys.executable, "-P", "-m", "braid.benchmarks.gpu.section"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,23 +72,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def section(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """{"rows": .., "seconds": .., "failed": why, or None}."""
+    """{"rows": .., "seconds": .., "failed": why a process of it ended too early, or None}."""
     file, begun = args.out / f"{name}.rows", time.monotonic()
-    options = [name, "--rows", str(file), "--device", args.device, "--shapes", args.shapes, "--seconds", str(seconds)]
+    file.unlink(missing_ok=True)
+    options = [name, "--rows", str(file), "--device", args.device, "--shapes", args.shapes]
     options += ["--rivals", str(args.rivals.absolute())] if args.rivals else []
     failed = None
     if args.device == "cuda":
-        command = [sys.executable, "-P", "-m", "braid.benchmarks.gpu.section", *options]
-        try:
-            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=seconds + GRACE_S)
-            failed = done.stderr[-500:] or f"exit status {done.returncode}" if done.returncode else None
-        except subprocess.TimeoutExpired:
-            failed = f"ended after {seconds + GRACE_S:.0f} s"
+        failed = in_processes(options + ["--row-seconds", str(ROW_S)] * (name in WATCHED), file, seconds)
     else:
-        run_here(options)
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        run_here([*options, "--seconds", str(seconds)])
+    rows = rows_of(file)
     file.unlink(missing_ok=True)
     return {"rows": rows, "seconds": time.monotonic() - begun, "failed": failed}
+
+
+def in_processes(options: Sequence[str], file: Path, seconds: float) -> str | None:
+    """Why the last process that ended too early did; each is followed by one that goes on behind its last row."""
+    rows, failed, stop_at = list[Row](), None, time.monotonic() + seconds
+    while (left := stop_at - time.monotonic()) > 0:
+        begun = len(rows)
+        command = [*SECTION, *options, "--seconds", str(left), "--skip", str(begun)]
+        try:
+            done = run_ended(command, left + GRACE_S)
+        except subprocess.TimeoutExpired:
+            return f"ended after {seconds + GRACE_S:.0f} s"
+        if done.returncode == 0:
+            break
+        failed = done.stderr[-500:] or f"exit status {done.returncode}"
+        rows = rows_of(file)
+        if len(rows) == begun:
+            break
+    return failed
 
 
 def machine(device: str) -> dict[str, Any]:

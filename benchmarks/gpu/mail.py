@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -65,10 +66,11 @@ def exchanged(setting: Setting, folder: Path) -> Iterator[Row]:
         killer.join()
         return {"passed": passed and attention.experts.num_redone == 1}
 
+    exchanges = ((f"mailboxes, {rows} rows", partial(same_bits, rows)) for rows in ROWS)
+    others = [("a pass of 8 rows", timed), ("a worker dies in a pass", death)]
     try:
         with torch.inference_mode():
-            yield from each(setting, ((f"mailboxes, {rows} rows", partial(same_bits, rows)) for rows in ROWS))
-            yield from each(setting, iter([("a pass of 8 rows", timed), ("a worker dies in a pass", death)]))
+            yield from each(setting, chain(exchanges, others))
     finally:
         for process in processes:
             process.process.kill()

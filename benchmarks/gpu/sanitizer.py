@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .setting import Row, Setting, each
+from .process import run_ended
+from .setting import Row, Setting, each, rows_of
 
 TOOLS = ("memcheck", "racecheck")
 FOUND_SOMETHING = 86  # the exit status that we ask for
@@ -34,9 +34,10 @@ def _under(tool: str, setting: Setting) -> Row:
         command += ["--target-processes", "all"]  # not only `env`
         # without the caching allocator, what lies past a tensor belongs to nobody
         python = [sys.executable, "-P", "-m", "braid.benchmarks.gpu.section", "checks", "--shapes", "tiny"]
-        done = subprocess.run(
-            [*command, "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *python, "--rows", str(rows)],
-            capture_output=True, text=True, timeout=max(setting.stop_at - time.monotonic(), 1.0),
-        )  # fmt: skip
-        said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-    return {"passed": done.returncode == 0, "exit": done.returncode, "said": said[-3:] or done.stderr[-300:]}
+        command += ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *python, "--rows", str(rows)]
+        done = run_ended(command, max(setting.stop_at - time.monotonic(), 1.0))
+        every = rows_of(rows)
+    said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    bad = [row["name"] for row in every if not row.get("passed")]  # of what did not run nothing can be found
+    told = {"exit": done.returncode, "said": said[-3:] or done.stderr[-300:], "rows": len(every), "bad": bad}
+    return {"passed": done.returncode == 0 and bool(every) and not bad} | told

@@ -1,4 +1,4 @@
-"""Runs one section of the GPU script and writes its rows as lines of JSON while they come.
+"""Runs one section of the GPU script; each row goes into a file of JSON lines when it is begun and when it is done.
 
 python -m braid.benchmarks.gpu.section checks --rows FILE [--device cuda] [--shapes v3] [--seconds 60]
 """
@@ -16,7 +16,7 @@ import torch
 from braid.kernels.gpu.gemm import set_descriptor_memory
 
 from . import ceilings, checks, invariance, layers, mail, network, rivals, sanitizer, speed
-from .setting import Section, Setting
+from .setting import Row, Section, Setting
 from .sizes import MODELS
 
 SECTIONS: dict[str, Section] = {
@@ -40,12 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", choices=MODELS, default="v3")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--rivals", type=Path)
+    parser.add_argument("--skip", type=int, default=0, help="rows that are not to be begun again")
+    parser.add_argument("--row-seconds", type=float, help="end the process when a row takes longer")
     args = parser.parse_args(arguments)
     set_descriptor_memory(torch.device(args.device))
-    setting = Setting(torch.device(args.device), args.shapes, time.monotonic() + args.seconds, args.rivals)
-    with args.rows.open("w") as file:
-        for row in SECTIONS[args.section](setting):
+    stop_at = time.monotonic() + args.seconds
+    with args.rows.open("a") as file:
+
+        def tell(row: Row) -> None:
             print(json.dumps(row), file=file, flush=True)
+
+        def begin(name: str) -> None:
+            tell({"name": name, "failed": "it ended its process"})
+
+        more = args.rivals, args.skip, begin, args.row_seconds
+        for row in SECTIONS[args.section](Setting(torch.device(args.device), args.shapes, stop_at, *more)):
+            tell(row)
 
 
 if __name__ == "__main__":

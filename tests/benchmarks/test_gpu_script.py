@@ -1,6 +1,10 @@
 """The GPU script at tiny shapes in Triton's interpreter, end to end; and its arithmetic by hand."""
 
+import argparse
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +15,18 @@ import triton_interpreter
 
 triton_interpreter.repair()
 
-from braid.benchmarks.gpu import network  # noqa: E402
+from braid.benchmarks.gpu import __main__ as script  # noqa: E402
+from braid.benchmarks.gpu import network, sanitizer  # noqa: E402
 from braid.benchmarks.gpu.__main__ import SHARES, main  # noqa: E402
 from braid.benchmarks.gpu.calibration_table import calibration  # noqa: E402
+from braid.benchmarks.gpu.cases import Draw  # noqa: E402
+from braid.benchmarks.gpu.cases_experts import chosen, grouped_case  # noqa: E402
 from braid.benchmarks.gpu.checks import relative_error  # noqa: E402
+from braid.benchmarks.gpu.process import run_ended  # noqa: E402
 from braid.benchmarks.gpu.rival_kernels import extracted  # noqa: E402
 from braid.benchmarks.gpu.setting import Row, Setting, each  # noqa: E402
 from braid.benchmarks.gpu.shares import ceilings_of, judged  # noqa: E402
-from braid.benchmarks.gpu.sizes import BUNDLED  # noqa: E402
+from braid.benchmarks.gpu.sizes import BUNDLED, TINY  # noqa: E402
 from braid.model.torch_ops import TorchOps  # noqa: E402
 from braid.router.calibration import Calibration  # noqa: E402
 
@@ -63,6 +71,90 @@ def test_one_row_that_fails_takes_no_other_with_it_and_none_begins_after_the_end
     assert all("not reached" in row["failed"] for row in rows(Setting(cpu, "tiny", time.monotonic() - 1)))
 
 
+# A section without a GPU: its second row leaves the device unusable, its third one never ends.
+SPOILED = """
+import sys, time, torch
+from braid.benchmarks.gpu import section
+from braid.benchmarks.gpu.setting import each
+
+is_spoiled = False
+
+def spoil():
+    global is_spoiled
+    is_spoiled = True
+    raise RuntimeError("an illegal memory access was encountered")
+
+def synchronize():
+    if is_spoiled:
+        raise RuntimeError("it still was")
+
+def rows(setting):
+    good = lambda: {"passed": True}
+    return each(setting, iter([("a", good), ("b", spoil), ("c", lambda: time.sleep(1000)), ("d", good)]))
+
+torch.cuda.synchronize, torch.cuda.empty_cache = synchronize, lambda: None
+section.SECTIONS["checks"] = rows
+section.main(sys.argv[1:])
+"""
+
+
+def test_a_row_that_spoils_the_device_or_hangs_costs_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    monkeypatch.setattr(script, "SECTION", [sys.executable, "-P", str(tmp_path / "spoiled.py")])
+    monkeypatch.setattr(script, "ROW_S", 1.0)
+    args = argparse.Namespace(out=tmp_path, device="cuda", shapes="tiny", rivals=None)
+    found = script.section("checks", args, 600)
+    assert found["rows"] == [
+        {"name": "a", "passed": True},
+        {"name": "b", "failed": "RuntimeError: an illegal memory access was encountered"},
+        {"name": "c", "failed": "it ended its process"},
+        {"name": "d", "passed": True},
+    ]
+    assert "Timeout" in found["failed"]  # of the process that hung, with the place
+
+
+def test_a_section_that_does_not_even_begin_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "SECTION", [sys.executable, "-c", "raise SystemExit('no driver')"])
+    found = script.section("speed", argparse.Namespace(out=tmp_path, device="cuda", shapes="v3", rivals=None), 600)
+    assert (found["rows"], found["failed"]) == ([], "no driver\n")
+
+
+def test_what_a_command_has_started_ends_with_it() -> None:
+    """The inner process would keep the pipe, and with it our wait, open."""
+    inner = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        run_ended([sys.executable, "-c", outer], 10)
+    assert caught.value.stdout is not None
+    pid, deadline = int(caught.value.stdout), time.monotonic() + 60
+    while os.path.exists(f"/proc/{pid}") and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.01)
+
+
+def test_a_figure_that_json_has_no_word_for_is_a_failure() -> None:
+    setting = Setting(torch.device("cpu"), "tiny", time.monotonic() + 60)
+    (row,) = each(setting, iter([("a", lambda: {"error": float("inf"), "passed": False})]))
+    assert row == {"name": "a", "failed": "ValueError: error: NaN or infinite"}
+
+
+@pytest.mark.parametrize("last", [True, False, None])
+def test_the_sanitizer_passes_only_with_checks_that_ran(
+    last: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compute-sanitizer finds nothing in kernels that were not launched."""
+    tool, rows = tmp_path / "compute-sanitizer", [{"name": "a", "passed": True}]
+    rows += [{"name": "b", "passed": last} if last is not None else {"name": "b", "failed": "no such kernel"}]
+    lines = "\n".join(map(json.dumps, rows))
+    tool.write_text(f"#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\ncat > $1 <<END\n{lines}\nEND\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    row = next(sanitizer.check(Setting(torch.device("cuda"), "v3", time.monotonic() + 60)))
+    assert (row["passed"], row["bad"]) == (last is True, [] if last else ["b"])
+
+
 def test_rows_that_come_together_are_set_beside_the_same_rows_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of a GPU's kernels, asked of a CPU's: six rows of each of three sequences in three steps."""
     monkeypatch.setattr(network, "STEPS", 6)
@@ -86,6 +178,18 @@ def test_floors_shares_and_targets() -> None:
     assert judged(many, CEILINGS)["reached"] == pytest.approx(400.0)
     assert judged(many, CEILINGS)["bound"] == "matrix"
     assert judged({"name": "x", "failed": "?"}, CEILINGS) == {"name": "x", "failed": "?"}
+
+
+def test_experts_are_judged_by_the_work_that_was_drawn() -> None:
+    """With few tokens chance decides how many experts are read at all."""
+    draw, hidden, inner = Draw(torch.device("cpu")), TINY.hidden_size, TINY.moe_intermediate_size
+    torch.manual_seed(5)
+    work = grouped_case(TINY, 5, 3).bind(draw).work
+    torch.manual_seed(5)
+    mine = [expert for expert in chosen(draw, TINY, 5, 3).tolist() if expert >= 0]
+    assert work is not None
+    assert work.flop == len(mine) * 6 * hidden * inner
+    assert work.num_bytes == len(set(mine)) * 3 * hidden * inner + len(mine) * (3 * hidden + 2 * inner)
 
 
 def test_an_error_is_relative_for_numbers_and_a_count_for_integers() -> None:
