@@ -47,13 +47,14 @@ def put_between(page: str, mark: str, text: str) -> str:
 
 def comparison(result: Result) -> str:
     parts = [_machine(result["machine"])]
-    for section in result["sections"].values():
-        parts += [f"### {section['title']}", engine_table(section), *remarks(section)]
+    for name, section in result["sections"].items():
+        other = result["sections"].get("fp32") if name == "bf16" else None
+        parts += [f"### {section['title']}", engine_table(section, other), *remarks(section)]
     return "\n\n".join(parts)
 
 
-def engine_table(section: Result) -> str:
-    """One row an engine, then the floor, then the ratios."""
+def engine_table(section: Result, other: Result | None = None) -> str:
+    """One row an engine, then the floor, then the ratios; `other`: the same engines in another precision."""
     columns = _columns(section)
     rows = [["engine", *[title for title, _, _ in columns]]]
     for name, engine in section["engines"].items():
@@ -65,26 +66,35 @@ def engine_table(section: Result) -> str:
     if floor:
         cells = [form(floor[key]) if key in floor else "" for _, key, form in columns]
         rows.append([f"floor ({section['read_gb_s']:.1f} GB/s, {section['matmul_gflop_s']:.0f} GFLOP/s)", *cells])
-    for label, ratio in ratios(section):
+    for label, ratio in ratios(section, other):
         rows.append([label, *[f"{ratio[key]:.2f}" if key in ratio else "" for _, key, _ in columns]])
     return table(rows)
 
 
-def ratios(section: Result) -> Iterator[tuple[str, dict[str, float]]]:
+def ratios(section: Result, other: Result | None = None) -> Iterator[tuple[str, dict[str, float]]]:
     """Ours to the best rival, figure by figure, and disaggregated to colocated. Medians."""
-    medians = {
-        name: {key: summary(_values(engine, key)).median for _, key, _ in _columns(section) if _values(engine, key)}
-        for name, engine in section["engines"].items()
-        if not engine["failed"]
-    }
+    medians = _medians(section)
     ours = [name for name in medians if section["engines"][name]["is_ours"]]
     rivals = [name for name in medians if name not in ours]
     if ours and rivals:
-        yield f"{ours[0]} / best rival", _over(medians[ours[0]], [medians[name] for name in rivals])
+        best = [medians[name] for name in rivals]
+        yield f"{ours[0]} / best rival", _over(medians[ours[0]], best)
+        if other is not None:
+            best += [each for name, each in _medians(other).items() if not other["engines"][name]["is_ours"]]
+            yield f"{ours[0]} / best rival in any precision", _over(medians[ours[0]], best)
     if len(ours) > 1:
         yield f"{ours[1]} / {ours[0]}", _over(medians[ours[1]], [medians[ours[0]]])
     if ours and section["floor"]:
         yield f"{ours[0]} / floor", _over(medians[ours[0]], [section["floor"]])
+
+
+def _medians(section: Result) -> dict[str, dict[str, float]]:
+    """By engine and figure, of those that did not fail."""
+    return {
+        name: {key: summary(_values(engine, key)).median for _, key, _ in _columns(section) if _values(engine, key)}
+        for name, engine in section["engines"].items()
+        if not engine["failed"]
+    }
 
 
 def remarks(section: Result) -> Iterator[str]:

@@ -56,6 +56,16 @@ def test_ratios_are_to_the_best_rival_of_each_figure() -> None:
     assert found["ours / floor"] == pytest.approx({"decode_c1": 0.5, "ttft_long_s": 2.0})
 
 
+def test_a_rival_that_is_best_in_another_precision_counts_too() -> None:
+    other = section(ours=OURS, fast=engine([160.0], [10.0], 8.0, 5000.0))
+    found = dict(ratios(section(ours=OURS, fast=FAST), other))
+    assert found["ours / best rival"]["decode_c1"] == pytest.approx(100 / 80)
+    assert found["ours / best rival in any precision"]["decode_c1"] == pytest.approx(100 / 160)
+    assert found["ours / best rival in any precision"]["ttft_long_s"] == pytest.approx(2 / 8)
+    both = comparison({"machine": MACHINE, "sections": {"bf16": section(ours=OURS, fast=FAST), "fp32": other}})
+    assert both.count("in any precision") == 1
+
+
 def test_an_engine_that_failed_says_why_and_has_no_part_in_ratios() -> None:
     lost = {"failed": "out | of memory", "is_ours": False}
     lines = engine_table(section(ours=OURS, fast=lost)).splitlines()
