@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 10.0  # what a worker that dials gives it: of two that are slow, none is cut off by the other
 MAX_HANDSHAKES = 64  # under way at once; a further client is turned away, it may dial again
 BACKLOG = 128
+PAUSE_S = 0.1  # where nothing can be accepted: the client stays in line, and would be met again at once
 
 
 class Listener:
@@ -98,6 +99,7 @@ class Listener:
             sock, peer = listening.accept()
         except OSError as error:  # the client left again, or we are out of fds: neither may end the listener
             logger.warning("could not accept a link: %s", error)
+            time.sleep(PAUSE_S)
             return
         address = f"{peer[0]}:{peer[1]}" if peer else str(self.unix_path)
         thread = threading.Thread(target=self._handshake, args=(sock, address), name="braid-handshake", daemon=True)
@@ -107,8 +109,13 @@ class Listener:
                 logger.warning("turned away a link from %s: %d handshakes under way", address, len(self._handshakes))
                 sock.close()
                 return
+            try:
+                thread.start()
+            except RuntimeError as error:  # out of threads: as above
+                logger.warning("could not welcome a link from %s: %s", address, error)
+                sock.close()
+                return
             self._handshakes[thread] = sock
-            thread.start()
 
     def _handshake(self, sock: socket.socket, address: str) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import socket
@@ -93,6 +94,46 @@ def test_handshakes_under_way_are_bounded_and_end_with_the_listener(
     for client in clients:
         client.close()
     assert not set(threading.enumerate()) - before
+
+
+def test_clients_that_cannot_be_accepted_are_met_again_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Out of descriptors: whoever waits in line makes the socket readable again and again."""
+    links: queue.Queue[Link] = queue.Queue()
+    listener = Listener(ME, SECRET, str(tmp_path / "s"), None, links.put)
+    accept, told = socket.socket.accept, queue.Queue[str]()
+
+    def fail_twice(sock: socket.socket) -> tuple[socket.socket, object]:
+        told.put("accept")
+        if told.qsize() < 4:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", fail_twice)
+    monkeypatch.setattr("braid.actors.listener.time.sleep", lambda seconds: told.put("pause"))
+    dial(Address(str(tmp_path / "s"), "", 0), ME, SECRET, "unix", TIMEOUT_S).close()
+    links.get(timeout=TIMEOUT_S).close()
+    assert [told.get(timeout=TIMEOUT_S) for _ in range(5)] == ["accept", "pause", "accept", "pause", "accept"]
+    assert caplog.text.count("Too many open files") == 2
+    listener.close()
+
+
+def test_a_listener_outlives_a_want_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    links: queue.Queue[Link] = queue.Queue()
+    listener = Listener(ME, SECRET, str(tmp_path / "s"), None, links.put)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as client:
+        patch.setattr(threading.Thread, "start", fail)
+        client.settimeout(TIMEOUT_S)
+        client.connect(str(tmp_path / "s"))
+        assert client.recv(1) == b""
+    dial(Address(str(tmp_path / "s"), "", 0), ME, SECRET, "unix", TIMEOUT_S).close()
+    links.get(timeout=TIMEOUT_S).close()
+    listener.close()
 
 
 def test_a_closed_listener_has_no_thread_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
