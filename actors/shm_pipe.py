@@ -61,6 +61,9 @@ class Ring:
         check_ring_bytes(self.num_bytes)
         if fcntl.fcntl(memory_fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise ValueError("the memory of a ring must be sealed against shrinking")
+        for fd in (data_fd, room_fd):  # another kind of file could hold up, or end, the thread that serves all links
+            if os.get_blocking(fd) or os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
+                raise ValueError("a ring is told of by eventfds that do not block")
         # Populated now: on a virtual machine the first touch of a page costs tens of microseconds.
         self.memory = mmap.mmap(memory_fd, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.words = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))

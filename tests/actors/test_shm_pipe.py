@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from leftovers import open_fds
 
+from braid.actors._native import HEADER_BYTES
 from braid.actors.handshake import Refused
 from braid.actors.pipe import PeerGone
-from braid.actors.shm_pipe import MIN_RING_BYTES, Ring, doze, rouse
+from braid.actors.shm_pipe import MIN_RING_BYTES, SEALS, Ring, doze, rouse
 from braid.actors.shm_setup import receive_rings, send_rings
 
 WRITTEN, READ = 0, 64  # where csrc/ring.hpp has these words
@@ -242,20 +244,29 @@ def test_what_is_reserved_stays_in_its_place_though_the_ring_is_emptied_meanwhil
     assert pair.read(64) == b"headcomputedafter"
 
 
-def unsealed_ring() -> list[int]:
-    memory_fd = os.memfd_create("unsealed")
-    os.ftruncate(memory_fd, MIN_RING_BYTES)
-    return [memory_fd, os.eventfd(0), os.eventfd(0)]
+def ring(is_sealed: bool = True, room_fd: int | None = None) -> list[int]:
+    memory_fd = os.memfd_create("ring", os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory_fd, MIN_RING_BYTES + HEADER_BYTES)
+    if is_sealed:
+        fcntl.fcntl(memory_fd, fcntl.F_ADD_SEALS, SEALS)
+    return [memory_fd, os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK) if room_fd is None else room_fd]
 
 
-@pytest.mark.parametrize("wrong", ["unsealed", "too few", "none", "silence"])
+WRONG: dict[str, Callable[[], list[int]]] = {
+    "unsealed": lambda: ring() + ring(is_sealed=False),
+    "too few": ring,
+    "none": list,
+    "told of by what blocks": lambda: ring() + ring(room_fd=os.eventfd(0)),
+    "told of by what is no eventfd": lambda: ring() + ring(room_fd=os.open("/dev/zero", os.O_RDWR | os.O_NONBLOCK)),
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "silence"])
 def test_wrong_rings_are_refused_and_no_fd_is_kept(wrong: str) -> None:
     before = open_fds()
     ours, theirs = socket.socketpair()
-    sent = unsealed_ring() + unsealed_ring() if wrong == "unsealed" else unsealed_ring()
-    if wrong == "none":
-        ours.send(b"ring")
-    elif wrong != "silence":
+    sent = WRONG[wrong]() if wrong in WRONG else []
+    if wrong in WRONG:
         socket.send_fds(ours, [b"ring"], sent)
     with pytest.raises(Refused, match="rings"):
         receive_rings(theirs, deadline=time.monotonic() + 0.05)
