@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,12 +16,9 @@ SIZES = [(66, 512, 64), (4, 64, 16), (5, 40, 8)]
 
 
 @pytest.fixture(autouse=True)
-def _small_splits_and_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of 128 positions; what torch.empty returns is full of NaN."""
+def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 128 positions."""
     monkeypatch.setattr(attention_decode, "SPLIT", 128)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Sequences:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -17,12 +16,9 @@ SCALE = 0.15
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces_and_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of one tile; what torch.empty returns is full of NaN."""
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one tile."""
     monkeypatch.setattr(attention_prefill, "PIECE", 128)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)
