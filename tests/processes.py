@@ -21,6 +21,7 @@ from braid.actors.messages import Kind, Submit, pack, unpack
 from braid.actors.reactor import Closed, Reactor, Received
 from braid.actors.settings import Dtype, WorkerSettings
 from braid.actors.view import ClusterView, Role, Transport, WorkerInfo
+from braid.cluster.plan import Node, Threads, WorkerPlan, threads_per_worker
 from braid.model.config import ModelConfig
 from braid.model.sampling_params import SamplingParams
 from braid.router.expert_map import ExpertMap, Owner, assign, build_map
@@ -192,7 +193,7 @@ class WireFront:
 
 
 class ProcessCluster:
-    """A whole data plane: workers, map and one WireFront."""
+    """A whole data plane: workers, map and one WireFront. `cores`, if told, are shared out as `braid up` does it."""
 
     def __init__(
         self,
@@ -206,6 +207,7 @@ class ProcessCluster:
         replicas: int = 2,
         claimed_replicas: int | None = None,
         threads: int = 1,
+        cores: int | None = None,
         **limits: Any,
     ) -> None:
         self.config = ModelConfig.from_path(model_path)
@@ -215,12 +217,16 @@ class ProcessCluster:
         expert_names = [] if experts == "colocated" else [f"expert-{i}" for i in range(experts)]
         held = assign(self.config.n_routed_experts or 0, expert_names, replicas) if expert_names else {}
         self.workers: dict[str, WorkerProcess] = {}
-        for name, role in [*names, *[(name, "expert") for name in expert_names]]:
+        plans = [WorkerPlan(name, role, "decode", 0) for name, role in names]
+        plans += [WorkerPlan(name, "expert", "expert", 0, held[name]) for name in expert_names]
+        for plan in plans:
+            node = Node("node", "127.0.0.1", cores or 0)
+            has = threads_per_worker(node, plan, plans) if cores else Threads(threads, threads)
             settings = WorkerSettings(
-                "test", name, role, 1, "node", str(model_path), dtype, SECRET, str(run_dir), "127.0.0.1", transport,
-                threads, expert_ids=held.get(name), colocated=colocated, **limits,
+                "test", plan.name, plan.role, 1, node.name, str(model_path), dtype, SECRET, str(run_dir), node.address,
+                transport, has.share, max_threads=has.most, expert_ids=plan.expert_ids, colocated=colocated, **limits,
             )  # fmt: skip
-            self.workers[name] = WorkerProcess(settings)
+            self.workers[plan.name] = WorkerProcess(settings)
         for worker in self.workers.values():
             worker.start_call("prepare")
         for worker in self.workers.values():

@@ -33,8 +33,7 @@ class Braid:
             experts=expert_workers or "colocated",
             dtype="auto",
             replicas=1,
-            threads=max(1, threads // (1 + expert_workers)),
-            max_threads=max(1, threads // max(1, expert_workers)),  # attention and experts wait for one another
+            cores=threads,
             kv_tokens=kv_tokens,
         )
         self._count = 0
