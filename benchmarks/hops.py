@@ -128,11 +128,13 @@ def expert_workers(num: int, shape: Shape, transport: Transport) -> Iterator[Rem
             links |= {event.link.peer.name: event.link for event in reactor.poll(60) if isinstance(event, Opened)}
         experts = RemoteExperts(Mail(reactor), shape.num_experts)
         experts.set_map(expert_map, links)
-        yield experts
-        reactor.close()
-        for process in processes:
-            process.join()
-        listener.close()
+        try:
+            yield experts
+        finally:  # they end with their links, and nobody would end them later
+            reactor.close()
+            for process in processes:
+                process.join()
+            listener.close()
 
 
 def hops(experts: RemoteExperts, shape: Shape, num_tokens: int, rounds: int, think_s: float) -> Iterator[Hop]:

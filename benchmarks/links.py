@@ -56,10 +56,12 @@ def linked_peer(transport: Literal["shm", "unix", "tcp"]) -> Iterator[tuple[Reac
         events = reactor.poll(30)
         while not events:
             events = reactor.poll(30)
-        yield reactor, events[0].link
-        reactor.close()
-        process.join()
-        listener.close()
+        try:
+            yield reactor, events[0].link
+        finally:  # it ends with its link, and nobody would end it later
+            reactor.close()
+            process.join()
+            listener.close()
 
 
 def round_trip_us(reactor: Reactor, link: Link, payload: bytes) -> float:
