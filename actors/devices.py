@@ -75,7 +75,7 @@ def why_not(name: str, capability: tuple[int, int]) -> str | None:
         return None
     return (
         f"{name} has compute capability {capability[0]}.{capability[1]}, and the GPU kernels are for {HOPPER}.x "
-        "(Hopper: H100, H200): set gpus to 0"
+        "(Hopper: H100, H200): set gpus to 0, or hide it by CUDA_VISIBLE_DEVICES where there are others"
     )
 
 

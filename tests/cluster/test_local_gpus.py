@@ -39,5 +39,6 @@ def test_a_gpu_that_nobody_uses() -> None:
 def test_the_kernels_are_for_hopper() -> None:
     assert why_not("NVIDIA H100", (9, 0)) is None
     assert why_not("NVIDIA A100", (8, 0)) == (
-        "NVIDIA A100 has compute capability 8.0, and the GPU kernels are for 9.x (Hopper: H100, H200): set gpus to 0"
+        "NVIDIA A100 has compute capability 8.0, and the GPU kernels are for 9.x (Hopper: H100, H200): set gpus to 0, "
+        "or hide it by CUDA_VISIBLE_DEVICES where there are others"
     )
