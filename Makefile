@@ -17,10 +17,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-# Without an NVIDIA GPU torch is pinned to the release the project is tested with: an open range lets pip take the newest
-# release with several GB of CUDA libraries. Where a CPU-only wheel of that release is at hand (PIP_FIND_LINKS,
-# or PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu) pip then prefers it.
-CONSTRAINTS := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 || echo --constraint constraints.txt)
+# The Triton that the GPU kernels are tested with says which torch: of the releases for CUDA that one fits which brings it, where pip
+# would take the newest. Where a CPU-only wheel is at hand (PIP_FIND_LINKS, or
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu), which brings no Triton and is several GB smaller, pip prefers it.
+CONSTRAINTS := --constraint constraints.txt
 
 # Not started in this folder: with the root on Ray's path our kernels/ would hide the Hugging Face package of that name.
 demo: $(VENV)/.installed
