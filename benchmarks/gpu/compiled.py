@@ -37,6 +37,7 @@ def _works() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, config in (("V3", V3), ("V3 bf16", replace(V3, quantization=None)), ("bundled", BUNDLED)):
         for case in cases(config):
             yield f"{name}: {case.name}", partial(_run, case)
+        yield f"{name}: norms and quantisation of any width", partial(_norms, config)
     yield "V3: other options", _variants
     yield "V3: mail", _mail
 
@@ -59,16 +60,26 @@ def _run(case: Case) -> None:
     case.bind(Draw(META)).actual()
 
 
-def _variants() -> None:
-    """What no case above asks for: V3.1's scales, an unfused norm, a bias, fp32 gates, routing of V2 and Kimi-K2."""
-    draw, hidden = Draw(META), V3.hidden_size
-    x, weight = draw.normal(32, hidden), draw.normal(hidden)
-    for ue8m0 in (False, True):
-        norm.quantise(x, ue8m0)
+def _norms(config: ModelConfig) -> None:
+    """Of the stream and of the latent queries, which lie in longer rows; of what else is multiplied in fp8."""
+    draw, hidden = Draw(META), config.hidden_size
+    has_fp8, values = config.quantization is not None, config.num_attention_heads * config.v_head_dim
+    for width in (hidden, config.q_lora_rank or hidden):
+        x, weight = draw.normal(32, width + 64)[:, :width], draw.normal(width)
         for delta in (None, x):
-            for out in (None, x):
-                norm.add_rms_norm_quantised(x, delta, weight, 1e-6, ue8m0, out)
-    norm.add_rms_norm(x, None, weight, 1e-6)
+            norm.add_rms_norm(x, delta, weight, 1e-6)
+            for ue8m0 in (False, True) if has_fp8 else ():
+                for out in (None, x):
+                    norm.add_rms_norm_quantised(x, delta, weight, 1e-6, ue8m0, out)
+    for width in (hidden, 2 * hidden, config.kv_lora_rank, values) if has_fp8 else ():
+        for ue8m0 in (False, True):
+            norm.quantise(draw.normal(32, width + 64)[:, :width], ue8m0)
+
+
+def _variants() -> None:
+    """What no case above asks for: V3.1's scales, a bias, fp32 gates, routing of V2 and Kimi-K2."""
+    draw, hidden = Draw(META), V3.hidden_size
+    x = draw.normal(32, hidden)
     gemm.linear_bf16(x, draw.normal(512, hidden), draw.normal(512))
     gemm.linear_bf16(x, draw.normal(512, hidden), out=draw.wide(32, 512))
     gate.gate_logits(x, draw.wide(V3.n_routed_experts or 0, hidden))
