@@ -121,14 +121,21 @@ def test_a_section_that_does_not_even_begin_is_not_begun_again(tmp_path: Path, m
     assert (found["rows"], found["failed"]) == ([], "no driver\n")
 
 
-def test_what_a_command_has_started_ends_with_it() -> None:
-    """The inner process would keep the pipe, and with it our wait, open."""
+def test_what_a_command_has_started_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is up when the inner process has said its name."""
     inner = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
-    with pytest.raises(subprocess.TimeoutExpired) as caught:
-        run_ended([sys.executable, "-c", outer], 10)
-    assert caught.value.stdout is not None
-    pid, deadline = int(caught.value.stdout), time.monotonic() + 60
+    names = []
+
+    def communicate(process: subprocess.Popen[str], timeout: float) -> None:
+        assert process.stdout is not None
+        names.append(int(process.stdout.readline()))
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_ended([sys.executable, "-c", outer], 600)
+    (pid,), deadline = names, time.monotonic() + 60
     while os.path.exists(f"/proc/{pid}") and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.01)
