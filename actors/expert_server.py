@@ -1,6 +1,6 @@
 """Answers dispatches: whatever has arrived for a layer, from any attention worker, is computed as one batch.
 
-No barrier and no lock-step (DESIGN law 2); decode before prefill.
+No barrier and no lock-step (DESIGN law 2); decode before prefill, a few rows of which ride along.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from .wire import DTYPES, rows_from
 log = logging.getLogger(__name__)
 
 PREFILL_PATIENCE_S = 0.25  # far below the dispatch deadline, at which the asker would take us for dead
+MOST_RIDERS = 64  # rows of prompts in a batch of decode rows: few enough that reading the weights is what takes time
+MOST_OPEN = 256  # dispatches of one asker; one that keeps the rules has a few, one for each of its micro-batches
 IDLE_S = 1.0
 
 
@@ -43,6 +45,10 @@ class Job:
     part: Slice
     arrived: float
 
+    @property
+    def rows(self) -> int:
+        return self.part.x.shape[0]
+
 
 class Queued(Protocol):
     """What waits to be computed, whatever way it came."""
@@ -50,6 +56,9 @@ class Queued(Protocol):
     layer: int
     phase: int
     arrived: float
+
+    @property
+    def rows(self) -> int: ...
 
 
 Q = TypeVar("Q", bound=Queued)
@@ -86,6 +95,8 @@ class ExpertServer:
         """Takes in what has come, and computes the batch whose turn it is."""
         self._direct.note(events)
         self._jobs += jobs_of(events, self._hidden, self._num_experts, self._dtype)
+        if len(self._jobs) > MOST_OPEN:
+            self._jobs = bounded(self._jobs)
         if self._jobs:
             batch, self._jobs = next_batch(self._jobs, time.monotonic())
             self._compute(batch)
@@ -156,13 +167,29 @@ def rows_meta(job: Job, started: float, ended: float) -> bytes:
 def next_batch(jobs: list[Q], now: float) -> tuple[list[Q], list[Q]]:
     """What is computed next, and the rest: decode before prefill (DESIGN section 5), then what has waited longest.
 
-    A prefill job that has lost its patience counts as decode: busy decode workers must not starve it.
+    All that there is for its layer is one batch, of prompts beside decode rows as many as cost these no time. A prefill
+    job that has lost its patience counts as decode: busy decode workers must not starve it.
     """
     if len(jobs) == 1:
         return jobs, []
     head = min(jobs, key=lambda job: job.phase if now - job.arrived < PREFILL_PATIENCE_S else 0)
-    batch = [job for job in jobs if job.layer == head.layer and job.phase == head.phase]
-    return batch, [job for job in jobs if job.layer != head.layer or job.phase != head.phase]
+    batch, rest, room = list[Q](), list[Q](), MOST_RIDERS
+    for job in jobs:
+        is_rider = job.phase > head.phase
+        if job.layer != head.layer or (is_rider and job.rows > room):
+            rest.append(job)
+        else:
+            batch.append(job)
+            room -= job.rows if is_rider else 0
+    return batch, rest
+
+
+def bounded(jobs: list[Job]) -> list[Job]:
+    """Without those of peers that ask for more than is answered, who lose their links: what waits takes memory."""
+    for link, count in Counter(job.link for job in jobs).items():
+        if count > MOST_OPEN:
+            link.close(f"{link.peer.name} has {count} dispatches open, more than {MOST_OPEN}")
+    return [job for job in jobs if job.link.closed is None]
 
 
 def jobs_of(events: list[Event], hidden: int, num_experts: int, dtype: torch.dtype) -> list[Job]:

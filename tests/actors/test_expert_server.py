@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from braid.actors.expert_host import Slice
-from braid.actors.expert_server import PREFILL_PATIENCE_S, Job, jobs_of, next_batch
+from braid.actors.expert_server import MOST_OPEN, MOST_RIDERS, PREFILL_PATIENCE_S, Job, bounded, jobs_of, next_batch
 from braid.actors.links import Hello, Link, Message
 from braid.actors.messages import DISPATCH, Kind
 from braid.actors.reactor import Event, Reactor, Received
@@ -17,7 +17,6 @@ from braid.actors.socket_pipe import SocketPipe
 from braid.actors.wire import bytes_of
 
 HIDDEN, NUM_EXPERTS = 3, 4
-EMPTY = Slice(torch.empty(0, HIDDEN), memoryview(b""), 0)
 
 
 @pytest.fixture
@@ -27,8 +26,8 @@ def link() -> Link:
     return Link(Hello("attention", "both", 1, "host"), SocketPipe(left, "unix"))
 
 
-def job(link: Link, number: int, layer: int, phase: int, arrived: float = 0.0) -> Job:
-    return Job(link, number, layer, phase, EMPTY, arrived)
+def job(link: Link, number: int, layer: int, phase: int, arrived: float = 0.0, rows: int = 1) -> Job:
+    return Job(link, number, layer, phase, Slice(torch.empty(rows, HIDDEN), memoryview(b""), 0), arrived)
 
 
 def test_decode_goes_first_and_equals_share_a_batch(link: Link) -> None:
@@ -41,6 +40,25 @@ def test_decode_goes_first_and_equals_share_a_batch(link: Link) -> None:
     link.close()
 
 
+def test_prompts_ride_along_with_decode_rows_of_their_layer_where_they_cost_them_no_time(link: Link) -> None:
+    few, more, many = MOST_RIDERS // 2, MOST_RIDERS // 2 + 1, MOST_RIDERS + 1
+    jobs = [job(link, 1, 3, 1, rows=few), job(link, 2, 3, 1, rows=many), job(link, 3, 3, 0, rows=500)]
+    jobs += [job(link, 4, 3, 1, rows=more), job(link, 5, 4, 1, rows=1), job(link, 6, 3, 1, rows=few)]
+    batch, rest = next_batch(jobs, now=0.0)
+    assert [job.number for job in batch] == [1, 3, 6]
+    batch, rest = next_batch(rest, now=0.0)
+    assert [job.number for job in batch] == [2, 4]
+    assert [job.number for job in rest] == [5]
+    link.close()
+
+
+def test_decode_rows_join_a_prompt_that_has_waited_too_long(link: Link) -> None:
+    jobs = [job(link, 1, 3, 1, rows=500), job(link, 2, 3, 0, arrived=1.0), job(link, 3, 4, 0, arrived=1.0)]
+    batch, rest = next_batch(jobs, now=1.0)
+    assert [[job.number for job in jobs] for jobs in (batch, rest)] == [[1, 2], [3]]
+    link.close()
+
+
 def test_a_prompt_does_not_wait_for_ever_behind_decodes(link: Link) -> None:
     jobs = [job(link, 0, 1, 1, arrived=0.0)]
     now, number = 0.0, 0
@@ -49,6 +67,21 @@ def test_a_prompt_does_not_wait_for_ever_behind_decodes(link: Link) -> None:
         _, jobs = next_batch([*jobs, job(link, number, 2, 0, arrived=now)], now)
         assert now < 2 * PREFILL_PATIENCE_S
     link.close()
+
+
+def test_who_asks_without_end_loses_the_link_and_nobody_else(link: Link) -> None:
+    left, right = socket.socketpair()
+    other = Link(Hello("other", "both", 1, "host"), SocketPipe(left, "unix"))
+    ours = [job(link, number, 1, 0) for number in range(MOST_OPEN)]
+    assert len(bounded([*ours, job(other, 0, 1, 0)])) == MOST_OPEN + 1
+    flood = [job(link, MOST_OPEN, 1, 0), job(other, 0, 1, 0)]
+    assert [one.link for one in bounded(ours + flood)] == [other]
+    assert (link.closed, other.closed) == (
+        f"attention has {MOST_OPEN + 1} dispatches open, more than {MOST_OPEN}",
+        None,
+    )
+    other.close()
+    right.close()
 
 
 def test_a_dispatch_that_cannot_be_read_costs_its_sender_the_link_and_nobody_else() -> None:
