@@ -6,8 +6,9 @@ splits in ascending order. So a row's bits follow from its own position and its 
 by side on wgmma's M. Where its heads fill a tile, tiles of the same keys follow one another, and meet in L2.
 
 Which program computes which split is a list in device memory: so a captured graph survives other lengths and other
-numbers of rows a sequence, and short rows cost nothing beside a long one; the programs that find nothing on the list
-are the last ones and end at once.
+numbers of rows a sequence, and short rows of a part cost nothing beside a long one; the programs that find nothing on
+the list are the last ones and end at once. Parts are launched one after the other: beside a row of 128K positions a
+part has no more than eight rows, so many short rows beside one of those leave most of the chip idle.
 """
 
 from __future__ import annotations
