@@ -10,6 +10,7 @@ import torch
 from generators import SHAPES
 from small_models import FAMILIES, SmallModel, run, run_in_chunks, shuffled_table, small_model
 from torch import Tensor
+from transformers import DynamicCache
 
 from braid.model.deepseek import DecoderLayer, DeepSeekModel
 from braid.model.micro_batch import MicroBatch
@@ -81,11 +82,11 @@ def test_chunked_prompt_agrees(small: SmallModel) -> None:
 @torch.no_grad()
 def test_greedy_tokens_agree_for_64_steps(small: SmallModel) -> None:
     ids = small.token_ids(40, seed=2)
-    theirs, past = [], None
+    theirs, cache = [], DynamicCache(config=small.oracle.config)
     row = ids[None]
     for _ in range(STEPS):
-        out = small.oracle(row, past_key_values=past, use_cache=True)
-        past, row = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        out = small.oracle(row, None, None, cache, use_cache=True)  # by place: releases call this argument differently
+        row = out.logits[:, -1].argmax(-1, keepdim=True)
         theirs.append((out.logits[0, -1], int(row)))
     network, table = small.network(), shuffled_table()
     logits = run_in_chunks(network, ids, (16,), table)[-1]
