@@ -153,7 +153,7 @@ def test_a_known_row_whose_expert_is_lost_fails_its_sequence_only(make: Make) ->
     answers = shown(loop.ask(REQUESTS[:3]))
     assert answers[0] == expected[0]
     assert answers[2] == expected[2]
-    assert answers[1][1:] == (["error"], [{"code": "unavailable", "message": "no live replica"}])
+    assert answers[1][1:] == (["error"], [{"code": "unavailable", "message": "no live replica", "by": "a"}])
 
 
 def test_a_drafter_that_loses_experts_drafts_nothing_and_fails_nothing(make: Make) -> None:
