@@ -21,22 +21,11 @@ from ..model.mtp import MtpModule
 from ..model.row_sampler import RowSampler, sampler_for
 from ..model.sampler import Ask, NothingToSample
 from ..model.to_device import Numbers, on_device
-from .drafting import Drafting, Rows
+from .drafting import Drafting
 from .expert_side import ExpertSide
 from .sequence import Sequence
 from .speculation import Speculation
-
-
-@dataclass(slots=True)
-class Computed:
-    """Positions [start, start + num) of a sequence, which are known to stay: rows from `row` on of a step's batch."""
-
-    sequence: Sequence
-    start: int
-    num: int
-    row: int
-    absorbed: bool
-    has_sampled: bool  # the token after them is the sequence's newest
+from .unseen_rows import Computed, Rows, UnseenRows
 
 
 @dataclass(slots=True)
@@ -70,6 +59,7 @@ class Drafter:
         self.num_accepted = 0
         self._module_s = 0.0
         self._drafting_s = 0.0  # of this step: the module's passes with what is sampled from them
+        self._unseen = UnseenRows()
         self._next_ids, self._logit_rows = Numbers(), Numbers()
 
     def verified(self, sequence: Sequence, num_drafted: int, num_reached: int, num_accepted: int) -> None:
@@ -87,23 +77,26 @@ class Drafter:
         """
         spent, self._drafting_s = self._module_s, 0.0
         self.speculation.start(num_decoding)
-        pending, depths = Pass(), {}
+        pending, depths, unseen = Pass(), dict[Sequence, int](), list[Computed]()
         for each in computed:
             sequence = each.sequence
             sequence.drafts = []
             if sequence.state == "finished":
                 continue
-            depths[sequence] = self._depth(each)
-            rows = hidden, each.row, each.num
-            if each.absorbed and each.has_sampled and not depths[sequence]:
-                self._drafting(sequence).hold(each.start, rows)
+            can_wait = each.absorbed and each.has_sampled
+            depth = 0 if can_wait and self.speculation.is_off else self._depth(each)
+            if can_wait and not depth:
+                unseen.append(each)
                 continue
-            held = self._drafting(sequence).take(each.start)
-            start = each.start - sum(num for _, _, num in held)
+            before = self._unseen.before(sequence, each.start)
+            start = each.start - sum(num for _, _, num in before)
             next_ids = sequence.tokens[start + 1 : each.start + each.num + 1]
-            pending.add(sequence, start, [*held, rows], next_ids, each.absorbed)
-            if depths[sequence]:
+            pending.add(sequence, start, [*before, (hidden, each.row, each.num)], next_ids, each.absorbed)
+            if depth:
+                depths[sequence] = depth
                 pending.want(sequence)
+        if unseen:
+            self._unseen.keep(hidden, unseen)
         while pending.segments:
             pending = self._after(self._run(pending, on_layer), depths)
             on_layer = None

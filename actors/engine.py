@@ -17,13 +17,14 @@ from ..model.sampler import Ask, NothingToSample, SampledToken, prompt_logprobs
 from ..model.to_device import Numbers
 from .ahead import Ahead, look_ahead
 from .answers import item_of, wire_logprob
-from .drafter import Computed, Drafter
+from .drafter import Drafter
 from .expert_side import ExpertSide
 from .kv_sender import LayerSender
 from .overlap import Overlap
 from .requests import Requests
 from .scheduler import Chunk, Plan
 from .sequence import Sequence
+from .unseen_rows import Computed
 
 
 class Engine:

@@ -9,13 +9,16 @@ it equals what would be sampled anyway.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 MAX_DEPTH = 2
-PATIENCE = 1.02  # another depth must promise this much more before it is taken
+PATIENCE = 1.05  # another depth must promise this much more before it is taken
 PROBE_STEPS = 4
 FIRST_PROBE, LAST_PROBE = 128, 2048  # steps between two probes; doubled after each that changed nothing
 FORGET_STEPS = 256
+LAST_SEEN = 25  # passes of a size that are remembered: with fewer, chance decides too often on a busy machine
 
 
 @dataclass(slots=True)
@@ -44,47 +47,55 @@ class Acceptance:
 
 
 class Costs:
-    """Seconds by the number of rows, of a pass or of a step but for its drafting: a mean per number seen.
+    """Seconds by the number of rows, of a pass or of a step but for its drafting: a median of the last ones of each.
 
+    A median, as a core that was taken away for a while says nothing about the pass, and as what is seen seldom must be
+    judged by the same measure as what is seen always: a mean of many beside the best of a few prefers the few.
+    More rows never take less: where they seem to, what the fewer ones took was chance.
     In between it is a straight line, outside the numbers seen the least it could be, so that hope is tried and then
     corrected.
     """
 
     def __init__(self) -> None:
         self._rows: list[int] = []  # ascending
-        self._mean: dict[float, float] = {}
-        self._count: dict[int, int] = {}
+        self._costs: list[float] = []  # of each of them; made anew when asked for after a pass was seen
+        self._last: dict[int, deque[float]] = {}
+        self._median: dict[int, float] = {}
 
     def observe(self, num_rows: int, seconds: float) -> None:
         rows = _rounded(num_rows)
-        count = self._count[rows] = self._count.get(rows, 0) + 1
-        if count == 1:
-            return  # takes memory and notes kernel calls: it says nothing of those that follow
-        if count == 2:
+        last = self._last.get(rows)
+        if last is None:  # takes memory and notes kernel calls: it says nothing of those that follow
+            self._last[rows] = deque(maxlen=LAST_SEEN)
+            return
+        if not last:
             self._rows.insert(bisect_left(self._rows, rows), rows)
-            self._mean[rows] = seconds
-        elif count < 5:
-            self._mean[rows] = min(self._mean[rows], seconds)
-        else:  # a core that was taken away for a while says nothing about the pass
-            self._mean[rows] += (min(seconds, 2 * self._mean[rows]) - self._mean[rows]) / 10
+        last.append(seconds)
+        self._median[rows] = sorted(last)[(len(last) - 1) // 2]
+        self._costs = []
 
     def doubt(self) -> None:
-        """Whatever the next passes do better is believed at once; one that was held up says nothing."""
-        self._count = {rows: min(count, 2) for rows, count in self._count.items()}
+        """What was seen counts as much as one more pass from now on."""
+        for rows, median in self._median.items():
+            self._last[rows].clear()
+            self._last[rows].append(median)
 
     def at(self, num_rows: float) -> float:
         if not self._rows:
             return 0.0
-        if (seen := self._mean.get(num_rows)) is not None:
-            return seen
-        place = bisect_left(self._rows, num_rows)
-        if place == len(self._rows):
-            return self._mean[self._rows[-1]]
+        if not self._costs:
+            medians = [self._median[rows] for rows in reversed(self._rows)]
+            self._costs = list(accumulate(medians, min))[::-1]
+        rows, costs = self._rows, self._costs
+        place = bisect_left(rows, num_rows)
+        if place == len(rows):
+            return costs[-1]
+        if rows[place] == num_rows:
+            return costs[place]
         if not place:
-            return self._mean[self._rows[0]] * num_rows / self._rows[0]
-        low, high = self._rows[place - 1], self._rows[place]
-        part = (num_rows - low) / (high - low)
-        return self._mean[low] * (1 - part) + self._mean[high] * part
+            return costs[0] * num_rows / rows[0]
+        part = (num_rows - rows[place - 1]) / (rows[place] - rows[place - 1])
+        return costs[place - 1] * (1 - part) + costs[place] * part
 
 
 def _rounded(rows: int) -> int:
@@ -122,11 +133,16 @@ class Speculation:
                     costs.doubt()
                 self._wait = min(2 * self._wait, LAST_PROBE)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether nobody drafts at present, whatever its own drafts have brought."""
+        return not self._depth and not self._probes_left
+
     def depth(self, own: Acceptance) -> int:
         """Drafts for one sequence: what pays by its own acceptance, among company that drafts alike."""
         if self._probes_left:
             return self._probed
-        if not self._depth:  # off for all: nothing is weighed for each
+        if self.is_off:
             return 0
         depth = self._best(own)
         if not depth:

@@ -83,6 +83,10 @@ class Always(Speculation):
         super().__init__()
         self.wanted = depth
 
+    @property
+    def is_off(self) -> bool:
+        return not self.wanted
+
     def depth(self, own: Acceptance) -> int:
         return self.wanted
 

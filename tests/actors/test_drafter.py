@@ -13,10 +13,10 @@ import torch
 from markov_engines import VOCAB, Always, Make, chain, loops, near
 from scripted_engines import CONFIG, Front, Heard, connect
 
-from braid.actors.drafting import MAX_HELD_ROWS
 from braid.actors.kv_transfer import checksum_of
 from braid.actors.messages import KV_LAYER, Kind, pack
 from braid.actors.speculation import MAX_DEPTH
+from braid.actors.unseen_rows import MAX_STEPS
 from braid.model.deepseek import Batch, ForwardOutput
 from braid.model.sampling_params import SamplingParams
 
@@ -103,11 +103,11 @@ def test_no_draft_reaches_beyond_max_tokens(make: Make) -> None:
 
 
 def test_rows_missed_while_nothing_was_drafted_are_made_up_for(make: Make) -> None:
-    """Depths that come and go leave no hole in the module's layer, up to the rows that are held."""
+    """Depths that come and go leave no hole in the module's layer, up to the steps that are remembered."""
     target = chain(1)
     loop = make(target, near(target), 2)
     policy = cast(Always, loop.drafter.speculation)
-    depths = itertools.cycle([2, 0, 0, 1, 0, 2, 2] + [0] * (MAX_HELD_ROWS - 1) + [1])
+    depths = itertools.cycle([2, 0, 0, 1, 0, 2, 2] + [0] * (MAX_STEPS - 1) + [1])
     policy.start = lambda num_sequences: setattr(policy, "wanted", next(depths))
     loop.ask([(70, SamplingParams(300, temperature=1.0, seed=2, ignore_eos=True)), *REQUESTS])
     assert not loop.module.has_gaps

@@ -82,6 +82,23 @@ def test_none_where_rows_cost_what_they_bring() -> None:
     assert 1980 <= depths[0] < 2000, "off, but for a few probes"
 
 
+@pytest.mark.parametrize("num_sequences", [1, 8])
+def test_a_machine_that_others_use_too_does_not_make_drafts_pay(num_sequences: int) -> None:
+    """A draft costs a seventh more than it brings; the times of single steps differ by far more than that."""
+    dice = random.Random(1)
+
+    def disturbed(seconds: float) -> float:
+        return seconds * dice.lognormvariate(0, 0.25) * (3 if dice.random() < 0.05 else 1)
+
+    world = World(
+        lambda rows: disturbed(20 + 4 * rows / num_sequences),
+        lambda rows: disturbed(11 + 3 * rows / num_sequences),
+        (0.6, 0.5),
+    )
+    world.run(num_sequences, 600)
+    assert world.run(num_sequences, 6000)[0] > 5400
+
+
 def test_none_where_drafts_never_come_true() -> None:
     """A random MTP module costs next to nothing in the end."""
     world = World(memory_bound, lambda rows: 2.0, (0.0, 0.0))
@@ -167,6 +184,14 @@ def test_costs_interpolate_and_forget_a_stall() -> None:
     assert (costs.at(1), costs.at(2), costs.at(4), costs.at(6), costs.at(99)) == (0.5, 1.0, 2.0, 3.0, 3.0)
     costs.observe(6, 500.0)
     assert costs.at(6) < 3.4
+
+
+def test_fewer_rows_do_not_cost_more_than_more_of_them() -> None:
+    costs = Costs()
+    for rows, seconds in ((1, 1.0), (2, 9.0), (3, 2.0), (5, 4.0)):
+        costs.observe(rows, seconds)
+        costs.observe(rows, seconds)
+    assert [costs.at(rows) for rows in (1, 2, 2.5, 3, 4, 5)] == [1.0, 2.0, 2.0, 2.0, 3.0, 4.0]
 
 
 def test_costs_keep_few_sizes_apart() -> None:
