@@ -80,10 +80,10 @@ def threads_per_worker(node: Node, worker: WorkerPlan, on_node: Sequence[WorkerP
     """`on_node`: all workers there, this one too.
 
     Attention and expert workers take turns: while a batch's rows are at the experts, the attention worker waits for
-    them, and the other way round. So those of the worker's own kind are the ones that it shares the cores with.
+    them, and the other way round. Prefill workers compute in bursts, between which decode workers would leave cores
+    idle. So those of the worker's own role are the ones that it shares the cores with.
     """
-    is_expert = worker.role == "expert"
-    kin = sum((other.role == "expert") == is_expert for other in on_node)
+    kin = sum(other.role == worker.role for other in on_node)
     return Threads(max(1, node.cores // len(on_node)), max(1, node.cores // kin))
 
 

@@ -45,10 +45,12 @@ def test_a_dense_model_wants_colocated() -> None:
 
 def test_threads_share_a_node_with_those_who_compute_at_the_same_time() -> None:
     attention = [WorkerPlan("prefill-0", "prefill", "prefill", 0), WorkerPlan("decode-0", "decode", "decode", 0)]
+    more = [*attention, WorkerPlan("decode-1", "decode", "decode", 1)]
     experts = [WorkerPlan(f"expert-{i}", "expert", "expert", i) for i in range(6)]
     node, every = Node("a", "10.0.0.1", 16), attention + experts
-    assert threads_per_worker(node, attention[1], every) == Threads(share=2, most=8)
+    assert threads_per_worker(node, attention[1], every) == Threads(share=2, most=16)
     assert threads_per_worker(node, experts[3], every) == Threads(share=2, most=2)
+    assert [threads_per_worker(node, worker, more).most for worker in more] == [16, 8, 8]
     assert threads_per_worker(node, attention[0], attention[:1]) == Threads(share=16, most=16)
     assert threads_per_worker(Node("b", "10.0.0.2", 2), experts[0], every) == Threads(share=1, most=1)
 

@@ -90,7 +90,7 @@ def test_workers_start_when_the_last_pool_has_its_place(state: ClusterState) -> 
     out = place_all(state)
     starts = [i for i in out if isinstance(i, StartWorker)]
     assert [s.worker.name for s in starts] == NAMES
-    assert {s.threads for s in starts} == {Threads(share=1, most=2)}
+    assert {s.threads for s in starts} == {Threads(share=1, most=4), Threads(share=1, most=2)}
     assert starts[2].worker.expert_ids == tuple(range(8))
 
 
