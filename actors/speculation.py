@@ -8,10 +8,10 @@ it equals what would be sampled anyway.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 MAX_DEPTH = 2
 PATIENCE = 1.05  # another depth must promise this much more before it is taken
@@ -19,6 +19,7 @@ PROBE_STEPS = 4
 FIRST_PROBE, LAST_PROBE = 128, 2048  # steps between two probes; doubled after each that changed nothing
 FORGET_STEPS = 256
 LAST_SEEN = 25  # passes of a size that are remembered: with fewer, chance decides too often on a busy machine
+SEEN_ENOUGH = 3  # passes of a size, for it to be believed whatever larger ones have taken
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Costs:
 
     A median, as a core that was taken away for a while says nothing about the pass, and as what is seen seldom must be
     judged by the same measure as what is seen always: a mean of many beside the best of a few prefers the few.
-    More rows never take less: where they seem to, what the fewer ones took was chance.
+    More rows never take less: where a size that was hardly seen yet seems to say so, what it took was chance.
     In between it is a straight line, outside the numbers seen the least it could be, so that hope is tried and then
     corrected.
     """
@@ -61,6 +62,7 @@ class Costs:
         self._costs: list[float] = []  # of each of them; made anew when asked for after a pass was seen
         self._last: dict[int, deque[float]] = {}
         self._median: dict[int, float] = {}
+        self._count: dict[int, int] = {}
 
     def observe(self, num_rows: int, seconds: float) -> None:
         rows = _rounded(num_rows)
@@ -71,6 +73,7 @@ class Costs:
         if not last:
             self._rows.insert(bisect_left(self._rows, rows), rows)
         last.append(seconds)
+        self._count[rows] = self._count.get(rows, 0) + 1
         self._median[rows] = sorted(last)[(len(last) - 1) // 2]
         self._costs = []
 
@@ -84,8 +87,11 @@ class Costs:
         if not self._rows:
             return 0.0
         if not self._costs:
-            medians = [self._median[rows] for rows in reversed(self._rows)]
-            self._costs = list(accumulate(medians, min))[::-1]
+            cost = math.inf
+            for size in reversed(self._rows):
+                cost = self._median[size] if self._count[size] >= SEEN_ENOUGH else min(self._median[size], cost)
+                self._costs.append(cost)
+            self._costs.reverse()
         rows, costs = self._rows, self._costs
         place = bisect_left(rows, num_rows)
         if place == len(rows):

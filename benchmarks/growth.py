@@ -34,7 +34,7 @@ from braid.benchmarks.progress import Told
 from braid.benchmarks.report import update_page
 from braid.benchmarks.rivals.engine_process import Command, EngineFailed, EngineProcess
 from braid.benchmarks.rivals.install import BENCH
-from braid.benchmarks.roofline import decode_work, fastest, measure_machine
+from braid.benchmarks.roofline import decode_work, measure_machine, typical
 from braid.model.config import ModelConfig
 from braid.model.families import ops_for
 from braid.model.kv_cache import BLOCK_SIZE, LatentCache, blocks_for
@@ -99,7 +99,7 @@ def by_context(told: Told, is_quick: bool) -> dict[str, Any]:
             seen.append(measure_machine(dtype, threads))
     for row_of_context in rows:
         work = decode_work(config, 1, row_of_context[0])
-        row_of_context[2] = 1e3 * work.seconds(fastest(seen), dtype.itemsize)
+        row_of_context[2] = 1e3 * work.seconds(typical(seen), dtype.itemsize)
     about = (
         "One sequence, BF16 `small`, one step of the network in one process, without an engine around it; the latent "
         "cache holds noise. Memory is that of the process with weights, torch and cache."
@@ -132,8 +132,8 @@ def by_expert_workers(told: Told, is_quick: bool) -> dict[str, Any]:
             others.append(running.others_cores)
     about = (
         "One attention worker, BF16 `small`, one replica of each expert. All workers share the same cores, so more of "
-        "them can only cost: this is the price of cutting finer. Kernels use both cores in turn with one "
-        "expert worker, and one thread a process beyond."
+        "them can only cost: this is the price of cutting finer. Attention uses both cores, one expert worker in turn "
+        "with it too, several one each."
     )
     columns = ["workers", "c", "TPOT ms", "tokens/s"]
     return curve("Decode over expert workers", columns, rows, about, others) | {"by": ["c"]}

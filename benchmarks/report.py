@@ -65,10 +65,22 @@ def engine_table(section: Result, other: Result | None = None) -> str:
     floor = section["floor"]
     if floor:
         cells = [form(floor[key]) if key in floor else "" for _, key, form in columns]
-        rows.append([f"floor ({section['read_gb_s']:.1f} GB/s, {section['matmul_gflop_s']:.0f} GFLOP/s)", *cells])
+        rows.append([floor_label(section), *cells])
     for label, ratio in ratios(section, other):
         rows.append([label, *[f"{ratio[key]:.2f}" if key in ratio else "" for _, key, _ in columns]])
     return table(rows)
+
+
+def floor_label(section: Result) -> str:
+    """Sections that were measured before the medians were kept have the best of what was seen."""
+    seen = section.get("read_gb_s_seen")
+    what = (
+        f"floor ({section['read_gb_s']:.1f} GB/s"
+        if seen
+        else f"floor of the best moment ({section['read_gb_s']:.1f} GB/s"
+    )
+    spread = f" of {min(seen):.1f}..{max(seen):.1f}" if seen else ""
+    return f"{what}{spread}, {section['matmul_gflop_s']:.0f} GFLOP/s)"
 
 
 def ratios(section: Result, other: Result | None = None) -> Iterator[tuple[str, dict[str, float]]]:

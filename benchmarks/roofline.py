@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     config, dtype = ModelConfig.from_path(args.model), getattr(torch, args.dtype)
     machine = measure_machine(dtype, args.threads)
     print(f"{machine.name}: {machine.read_gb_s:.1f} GB/s, {machine.matmul_gflop_s:.0f} GFLOP/s in {args.dtype}")
@@ -84,7 +83,9 @@ def prefill_work(config: ModelConfig, num: int) -> Work:
 
 
 def measure_machine(dtype: torch.dtype, threads: int) -> Machine:
-    """Takes some seconds and half a GiB; the caller has set torch's number of threads."""
+    """Takes some seconds and half a GiB. Torch has so many threads meanwhile: the native family leaves it one."""
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     flat = torch.ones(READ_BYTES // 4)
     matrix, vector = flat.view(-1, 8192), torch.ones(8192)
     narrow, narrow_vector = matrix.bfloat16(), vector.bfloat16()[None]
@@ -93,17 +94,19 @@ def measure_machine(dtype: torch.dtype, threads: int) -> Machine:
     _, narrow_s = timed(lambda: linear(narrow_vector, narrow), REPEATS)
     square = torch.randn(2048, 2048, dtype=torch.float32).to(dtype)
     _, matmul_s = timed(lambda: square @ square, REPEATS)
+    torch.set_num_threads(threads_before)
     name = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     read = max(flat.nbytes / sum_s, flat.nbytes / wide_s, narrow.nbytes / narrow_s)
     return Machine(name, threads, read / 1e9, 2 * 2048**3 / matmul_s / 1e9)
 
 
-def fastest(seen: Sequence[Machine]) -> Machine:
-    """The best of what was measured over a run: what a machine allows must not be told from a slow moment of it."""
+def typical(seen: Sequence[Machine]) -> Machine:
+    """The medians of what was measured over a run, to set beside medians: the machine's best moments are no floor of
+    its usual ones."""
     return replace(
         seen[0],
-        read_gb_s=max(machine.read_gb_s for machine in seen),
-        matmul_gflop_s=max(machine.matmul_gflop_s for machine in seen),
+        read_gb_s=statistics.median(machine.read_gb_s for machine in seen),
+        matmul_gflop_s=statistics.median(machine.matmul_gflop_s for machine in seen),
     )
 
 

@@ -186,12 +186,15 @@ def test_costs_interpolate_and_forget_a_stall() -> None:
     assert costs.at(6) < 3.4
 
 
-def test_fewer_rows_do_not_cost_more_than_more_of_them() -> None:
+def test_a_size_hardly_seen_costs_no_more_than_larger_ones() -> None:
     costs = Costs()
     for rows, seconds in ((1, 1.0), (2, 9.0), (3, 2.0), (5, 4.0)):
         costs.observe(rows, seconds)
         costs.observe(rows, seconds)
     assert [costs.at(rows) for rows in (1, 2, 2.5, 3, 4, 5)] == [1.0, 2.0, 2.0, 2.0, 3.0, 4.0]
+    for _ in range(2):
+        costs.observe(2, 9.0)
+    assert costs.at(2) == 9.0, "often enough to be believed"
 
 
 def test_costs_keep_few_sizes_apart() -> None:
