@@ -8,8 +8,7 @@ it equals what would be sampled anyway.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -47,6 +46,15 @@ class Acceptance:
         return expected
 
 
+@dataclass(slots=True)
+class Size:
+    """Passes of about as many rows: how many there were but for the first one, and what the last ones took."""
+
+    count: int = 0
+    median: float = 0.0
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_SEEN))
+
+
 class Costs:
     """Seconds by the number of rows, of a pass or of a step but for its drafting: a median of the last ones of each.
 
@@ -58,50 +66,47 @@ class Costs:
     """
 
     def __init__(self) -> None:
-        self._rows: list[int] = []  # ascending
-        self._costs: list[float] = []  # of each of them; made anew when asked for after a pass was seen
-        self._last: dict[int, deque[float]] = {}
-        self._median: dict[int, float] = {}
-        self._count: dict[int, int] = {}
+        self._rows: list[int] = []  # ascending, of the sizes that have a median
+        self._sizes: dict[int, Size] = {}
 
     def observe(self, num_rows: int, seconds: float) -> None:
         rows = _rounded(num_rows)
-        last = self._last.get(rows)
-        if last is None:  # takes memory and notes kernel calls: it says nothing of those that follow
-            self._last[rows] = deque(maxlen=LAST_SEEN)
+        size = self._sizes.get(rows)
+        if size is None:  # takes memory and notes kernel calls: it says nothing of those that follow
+            self._sizes[rows] = Size()
             return
-        if not last:
-            self._rows.insert(bisect_left(self._rows, rows), rows)
-        last.append(seconds)
-        self._count[rows] = self._count.get(rows, 0) + 1
-        self._median[rows] = sorted(last)[(len(last) - 1) // 2]
-        self._costs = []
+        if not size.count:
+            insort(self._rows, rows)
+        size.count += 1
+        size.last.append(seconds)
+        size.median = sorted(size.last)[(len(size.last) - 1) // 2]
 
     def doubt(self) -> None:
         """What was seen counts as much as one more pass from now on."""
-        for rows, median in self._median.items():
-            self._last[rows].clear()
-            self._last[rows].append(median)
+        for rows in self._rows:
+            size = self._sizes[rows]
+            size.last.clear()
+            size.last.append(size.median)
 
     def at(self, num_rows: float) -> float:
-        if not self._rows:
+        rows = self._rows
+        if not rows:
             return 0.0
-        if not self._costs:
-            cost = math.inf
-            for size in reversed(self._rows):
-                cost = self._median[size] if self._count[size] >= SEEN_ENOUGH else min(self._median[size], cost)
-                self._costs.append(cost)
-            self._costs.reverse()
-        rows, costs = self._rows, self._costs
         place = bisect_left(rows, num_rows)
         if place == len(rows):
-            return costs[-1]
+            return self._cost(place - 1)
         if rows[place] == num_rows:
-            return costs[place]
+            return self._cost(place)
         if not place:
-            return costs[0] * num_rows / rows[0]
+            return self._cost(0) * num_rows / rows[0]
         part = (num_rows - rows[place - 1]) / (rows[place] - rows[place - 1])
-        return costs[place - 1] * (1 - part) + costs[place] * part
+        return self._cost(place - 1) * (1 - part) + self._cost(place) * part
+
+    def _cost(self, place: int) -> float:
+        size = self._sizes[self._rows[place]]
+        if size.count >= SEEN_ENOUGH or place + 1 == len(self._rows):
+            return size.median
+        return min(size.median, self._cost(place + 1))
 
 
 def _rounded(rows: int) -> int:

@@ -7,12 +7,10 @@ a row at the read bandwidth of this machine: filters and noise are arithmetic on
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +32,7 @@ SETTINGS = {
 
 
 def natively(logits: Logits, best: int, params: SamplingParams, position: int) -> int | None:
-    least_score = float(np.log(params.min_p)) if params.min_p > 0 else -math.inf
-    return draw(logits, best, params.temperature, least_score, params.top_k, params.top_p, params.seed, position)
+    return draw(logits, best, params.temperature, params.min_p, params.top_k, params.top_p, params.seed, position)
 
 
 def measure(rows: Logits, params: SamplingParams, rounds: int) -> list[float]:

@@ -74,13 +74,8 @@ def engine_table(section: Result, other: Result | None = None) -> str:
 def floor_label(section: Result) -> str:
     """Sections that were measured before the medians were kept have the best of what was seen."""
     seen = section.get("read_gb_s_seen")
-    what = (
-        f"floor ({section['read_gb_s']:.1f} GB/s"
-        if seen
-        else f"floor of the best moment ({section['read_gb_s']:.1f} GB/s"
-    )
-    spread = f" of {min(seen):.1f}..{max(seen):.1f}" if seen else ""
-    return f"{what}{spread}, {section['matmul_gflop_s']:.0f} GFLOP/s)"
+    what, spread = ("floor", f" of {min(seen):.1f}..{max(seen):.1f}") if seen else ("floor of the best moment", "")
+    return f"{what} ({section['read_gb_s']:.1f} GB/s{spread}, {section['matmul_gflop_s']:.0f} GFLOP/s)"
 
 
 def ratios(section: Result, other: Result | None = None) -> Iterator[tuple[str, dict[str, float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ def draw(
     logits: npt.NDArray[np.float32],
     best: int,
     temperature: float,
-    least_score: float,
+    min_p: float,
     top_k: int,
     top_p: float,
     seed: int,
@@ -25,13 +26,14 @@ def draw(
 ) -> int | None:
     """The token that the definition draws, or None where roundings could decide: then the definition must be asked.
 
-    logits: fp32 [vocab], finite or -inf, `best` the first of the largest; temperature above 0; least_score: the log of
-    min_p, -inf without; top_k: 0 without; seed: within 64 bits.
+    logits: fp32 [vocab], finite or -inf, `best` the first of the largest; temperature above 0; min_p, top_k: 0 without;
+    seed: within 64 bits.
     """
     (vocab,) = logits.shape
     assert logits.dtype == np.float32, f"logits {logits.dtype}"
     assert logits.flags.c_contiguous, f"logits with strides {logits.strides}"
     assert 0 <= best < vocab, f"token {best} of {vocab}"
+    least_score = float(np.log(min_p)) if min_p > 0 else -math.inf
     token = _native.draw(
         logits.ctypes.data, vocab, best, temperature, least_score, min(top_k, vocab), top_p, seed, position
     )

@@ -101,9 +101,8 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, top: int) -> list[SampledTo
 def _sample_row(logits: Logits, best: int, params: SamplingParams, position: int) -> int:
     """By the native module where there is one, which draws the same token or leaves it to the definition."""
     if HAS_NATIVE:
-        least_score = float(np.log(params.min_p)) if params.min_p > 0 else -math.inf
         token_id = native_sample.draw(
-            logits, best, params.temperature, least_score, params.top_k, params.top_p, params.seed, position
+            logits, best, params.temperature, params.min_p, params.top_k, params.top_p, params.seed, position
         )
         if token_id is not None:
             return token_id

@@ -102,9 +102,13 @@ class EngineProcess:
         return peak_of(self.processes()) / 2**20
 
     def processes(self) -> list[psutil.Process]:
-        """The driver and all below it; what was seen once is not forgotten when its parent is gone."""
+        """The driver, all below it and all of its session; what was seen once is not forgotten when its parent is gone.
+
+        Children may leave the session, and an orphan whose parent nobody saw is in no tree.
+        """
         if self._process.returncode is None:  # else its number may be another's by now
-            self._seen |= {process.pid: process for process in tree_of(self._process.pid)}
+            found = [*tree_of(self._process.pid), *_session_of(self._process.pid)]
+            self._seen |= {process.pid: process for process in found}
         return [process for process in self._seen.values() if not _has_ended(process)]
 
     def close(self) -> None:
@@ -170,6 +174,13 @@ def wait_until(is_reached: Callable[[], bool], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_reached() and time.monotonic() < deadline:
         time.sleep(0.001)
+
+
+def _session_of(leader: int) -> Iterator[psutil.Process]:
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(pid) == leader:
+                yield psutil.Process(pid)
 
 
 def _has_ended(process: psutil.Process) -> bool:

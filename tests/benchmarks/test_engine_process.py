@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,7 @@ class Echo:
 
 out = take_stdout()
 print("a library says hello")
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", __file__])
 if "broken" in sys.argv:
     sys.exit("the weights are missing")
 if "hangs" in sys.argv:
@@ -43,10 +44,12 @@ if "leaves a child" not in sys.argv:
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Path:
+def driver(tmp_path: Path) -> Iterator[Path]:
+    """Whatever becomes of it, nothing that names it is left, its orphans neither."""
     path = tmp_path / "driver.py"
     path.write_text(DRIVER)
-    return path
+    yield path
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(path) in (one.info["cmdline"] or ())]
 
 
 def start(driver: Path, *arguments: str) -> EngineProcess:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -22,9 +20,8 @@ Logits = npt.NDArray[np.float32]
 
 
 def drawn(logits: Logits, params: SamplingParams, position: int) -> int | None:
-    least_score = float(np.log(params.min_p)) if params.min_p > 0 else -math.inf
     best = int(logits.argmax())
-    return draw(logits, best, params.temperature, least_score, params.top_k, params.top_p, params.seed, position)
+    return draw(logits, best, params.temperature, params.min_p, params.top_k, params.top_p, params.seed, position)
 
 
 def wanted(logits: Logits, params: SamplingParams, position: int) -> int:
